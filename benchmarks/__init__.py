@@ -1,0 +1,1 @@
+"""Benchmarks against what people use today: ``python -m benchmarks NAME``."""

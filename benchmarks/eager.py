@@ -1,0 +1,287 @@
+"""The loss as users of PyTorch write it, in three honest spellings for each divergence, and its fp64 truth.
+
+Every spelling takes ``(z, v, labels, temperature, hard_weight)`` (student and teacher logits, both ``[N, V]``) and
+returns the mean over the rows. All of them upcast to fp32 first, and once: a softmax in bf16 would be faster and
+wrong, and logits that are upcast twice have their two gradients added in bf16.
+
+``kl_div``
+    ``F.kl_div`` against probabilities (``F.cross_entropy`` for the soft cross-entropy): what most code says.
+``log_target``
+    ``F.kl_div(..., log_target=True)``: everything in log space, one tensor fewer.
+``closed_form``
+    a custom ``autograd.Function`` that writes the gradient by hand in forward, in place where it can, and scales
+    it out of place in backward, so that a second backward through a kept graph is still right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(_scaled(logits, temperature), -1)
+
+
+def _probs(logits: Tensor, temperature: float) -> Tensor:
+    return F.softmax(_scaled(logits, temperature), -1)
+
+
+def _with_hard(soft: Tensor, z: Tensor, labels: Tensor, temperature: float, hard_weight: float) -> Tensor:
+    if temperature != 1.0:
+        soft = soft * temperature**2
+    return soft + hard_weight * F.cross_entropy(z, labels) if hard_weight else soft
+
+
+def forward_kl_kl_div(z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float) -> Tensor:
+    """KL(p || q) as ``F.kl_div(log q, p)``."""
+    z, v = z.float(), v.float()
+    soft = F.kl_div(_log_probs(z, temperature), _probs(v, temperature), reduction="batchmean")
+    return _with_hard(soft, z, labels, temperature, hard_weight)
+
+
+def forward_kl_log_target(
+    z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float
+) -> Tensor:
+    """KL(p || q) as ``F.kl_div(log q, log p, log_target=True)``."""
+    z, v = z.float(), v.float()
+    lq, lp = _log_probs(z, temperature), _log_probs(v, temperature)
+    soft = F.kl_div(lq, lp, reduction="batchmean", log_target=True)
+    return _with_hard(soft, z, labels, temperature, hard_weight)
+
+
+def reverse_kl_kl_div(z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float) -> Tensor:
+    """KL(q || p) as ``F.kl_div(log p, q)``."""
+    z, v = z.float(), v.float()
+    soft = F.kl_div(_log_probs(v, temperature), _probs(z, temperature), reduction="batchmean")
+    return _with_hard(soft, z, labels, temperature, hard_weight)
+
+
+def reverse_kl_log_target(
+    z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float
+) -> Tensor:
+    """KL(q || p) as ``F.kl_div(log p, log q, log_target=True)``."""
+    z, v = z.float(), v.float()
+    lq, lp = _log_probs(z, temperature), _log_probs(v, temperature)
+    soft = F.kl_div(lp, lq, reduction="batchmean", log_target=True)
+    return _with_hard(soft, z, labels, temperature, hard_weight)
+
+
+def soft_cross_entropy_kl_div(
+    z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float
+) -> Tensor:
+    """H(p, q) as ``F.cross_entropy`` with probabilities as its target."""
+    z, v = z.float(), v.float()
+    soft = F.cross_entropy(_scaled(z, temperature), _probs(v, temperature))
+    return _with_hard(soft, z, labels, temperature, hard_weight)
+
+
+def soft_cross_entropy_log_target(
+    z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float
+) -> Tensor:
+    """H(p, q) as ``-(p * log q).sum()``, Hinton's formula typed in."""
+    z, v = z.float(), v.float()
+    soft = -(_probs(v, temperature) * _log_probs(z, temperature)).sum(-1).mean()
+    return _with_hard(soft, z, labels, temperature, hard_weight)
+
+
+def jsd_kl_div(z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float) -> Tensor:
+    """JSD(0.5) with the mixture in probability space."""
+    z, v = z.float(), v.float()
+    p, q = _probs(v, temperature), _probs(z, temperature)
+    lm = ((p + q) * 0.5).clamp_min(torch.finfo(torch.float32).tiny).log()
+    soft = 0.5 * (F.kl_div(lm, p, reduction="batchmean") + F.kl_div(lm, q, reduction="batchmean"))
+    return _with_hard(soft, z, labels, temperature, hard_weight)
+
+
+def jsd_log_target(z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float) -> Tensor:
+    """JSD(0.5) in log space, the mixture by ``logaddexp``."""
+    z, v = z.float(), v.float()
+    lq, lp = _log_probs(z, temperature), _log_probs(v, temperature)
+    lm = torch.logaddexp(lq, lp) - math.log(2)
+    soft = 0.5 * (
+        F.kl_div(lm, lp, reduction="batchmean", log_target=True)
+        + F.kl_div(lm, lq, reduction="batchmean", log_target=True)
+    )
+    return _with_hard(soft, z, labels, temperature, hard_weight)
+
+
+def _close(
+    ctx: Any,
+    z: Tensor,
+    dtype: torch.dtype,
+    labels: Tensor,
+    soft: Tensor,
+    gradient: Tensor,
+    temperature: float,
+    hard_weight: float,
+) -> Tensor:
+    """Adds the hard term, saves the mean's gradient in the logits' dtype and returns the mean of the rows."""
+    if temperature != 1.0:
+        soft = soft * temperature**2
+        gradient.mul_(temperature)
+    if hard_weight:
+        lq = F.log_softmax(z, -1)
+        column = labels[:, None]
+        soft = soft - hard_weight * lq.gather(1, column).squeeze(1)
+        gradient.add_(lq.exp_(), alpha=hard_weight)
+        gradient.scatter_add_(1, column, torch.full_like(column, -hard_weight, dtype=gradient.dtype))
+    ctx.save_for_backward(gradient.div_(z.shape[0]).to(dtype))
+    return soft.mean()
+
+
+class _ClosedForm(torch.autograd.Function):
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None, None, None
+
+
+class _ForwardKL(_ClosedForm):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float
+    ) -> Tensor:
+        dtype, z, v = z.dtype, z.float(), v.float()
+        lq, lp = _log_probs(z, temperature), _log_probs(v, temperature)
+        p = lp.exp()
+        rows = lp.sub_(lq).mul_(p).sum(-1)
+        return _close(ctx, z, dtype, labels, rows, lq.exp_().sub_(p), temperature, hard_weight)
+
+
+class _SoftCrossEntropy(_ClosedForm):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float
+    ) -> Tensor:
+        dtype, z, v = z.dtype, z.float(), v.float()
+        lq, p = _log_probs(z, temperature), _probs(v, temperature)
+        rows = -(lq * p).sum(-1)
+        return _close(ctx, z, dtype, labels, rows, lq.exp_().sub_(p), temperature, hard_weight)
+
+
+class _ReverseKL(_ClosedForm):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float
+    ) -> Tensor:
+        dtype, z, v = z.dtype, z.float(), v.float()
+        lq, lp = _log_probs(z, temperature), _log_probs(v, temperature)
+        ratio = torch.sub(lq, lp, out=lp)
+        q = lq.exp_()
+        rows = (q * ratio).sum(-1)
+        return _close(
+            ctx, z, dtype, labels, rows, ratio.sub_(rows[:, None]).mul_(q), temperature, hard_weight
+        )
+
+
+class _JSD(_ClosedForm):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float
+    ) -> Tensor:
+        dtype, z, v = z.dtype, z.float(), v.float()
+        lq, lp = _log_probs(z, temperature), _log_probs(v, temperature)
+        p, q = lp.exp(), lq.exp()
+        lm = (p + q).mul_(0.5).clamp_min_(torch.finfo(torch.float32).tiny).log_()
+        p_terms = lp.sub_(lm).mul_(p).sum(-1)
+        ratio = lq.sub_(lm)
+        q_terms = torch.mul(q, ratio, out=lm).sum(-1)
+        gradient = ratio.sub_(q_terms[:, None]).mul_(q).mul_(0.5)
+        return _close(ctx, z, dtype, labels, 0.5 * (p_terms + q_terms), gradient, temperature, hard_weight)
+
+
+SPELLINGS: dict[str, dict[str, Loss]] = {
+    "forward_kl": {
+        "kl_div": forward_kl_kl_div,
+        "log_target": forward_kl_log_target,
+        "closed_form": cast(Loss, _ForwardKL.apply),
+    },
+    "reverse_kl": {
+        "kl_div": reverse_kl_kl_div,
+        "log_target": reverse_kl_log_target,
+        "closed_form": cast(Loss, _ReverseKL.apply),
+    },
+    "soft_cross_entropy": {
+        "kl_div": soft_cross_entropy_kl_div,
+        "log_target": soft_cross_entropy_log_target,
+        "closed_form": cast(Loss, _SoftCrossEntropy.apply),
+    },
+    "jsd": {
+        "kl_div": jsd_kl_div,
+        "log_target": jsd_log_target,
+        "closed_form": cast(Loss, _JSD.apply),
+    },
+}
+
+# What torch.compile is given: the autograd spelling that came out fastest on two cores at (256, 32000) in fp32
+# (24 ms against 34 for forward KL; JSD in probability space 87 ms, with logaddexp 344), and the closed form, which
+# Inductor fuses further than autograd's own gradient (forward KL, on a busy machine, 50 ms against 80).
+COMPILED: dict[str, tuple[str, ...]] = {
+    "forward_kl": ("log_target", "closed_form"),
+    "reverse_kl": ("log_target", "closed_form"),
+    "soft_cross_entropy": ("log_target", "closed_form"),
+    "jsd": ("kl_div", "closed_form"),
+}
+
+
+def truth(
+    divergence: str,
+    z: Tensor,
+    v: Tensor,
+    labels: Tensor,
+    temperature: float,
+    hard_weight: float,
+    rows: int = 32,
+) -> tuple[float, Tensor]:
+    """The mean loss and its gradient in fp64, from the definitions and plain autograd, `rows` rows at a time.
+
+    Args:
+        divergence: A key of `SPELLINGS`.
+        z: Student logits `[N, V]`, any dtype; taken as they are (already rounded) and widened.
+        v: Teacher logits `[N, V]`, likewise.
+        labels: `[N]`, used where `hard_weight` is not 0.
+        temperature: T.
+        hard_weight: Weight of the cross-entropy at T = 1.
+        rows: Rows in memory at once.
+
+    Returns:
+        The loss, and the gradient `[N, V]` in fp64 on the CPU.
+    """
+    count = z.shape[0]
+    total, gradient = 0.0, torch.empty(z.shape, dtype=torch.float64)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        wide = z[part].detach().double().cpu().requires_grad_()
+        lq = F.log_softmax(wide / temperature, -1)
+        lp = F.log_softmax(v[part].detach().double().cpu() / temperature, -1)
+        p, q = lp.exp(), lq.exp()
+        if divergence == "forward_kl":
+            soft = p * (lp - lq)
+        elif divergence == "reverse_kl":
+            soft = q * (lq - lp)
+        elif divergence == "soft_cross_entropy":
+            soft = -p * lq
+        elif divergence == "jsd":
+            lm = ((p + q) / 2).log()
+            soft = (p * (lp - lm) + q * (lq - lm)) / 2
+        else:
+            raise ValueError(f"divergence must be one of {', '.join(SPELLINGS)}, got {divergence!r}")
+        loss = soft.sum() * temperature**2
+        if hard_weight:
+            loss = loss + hard_weight * F.cross_entropy(wide, labels[part].cpu(), reduction="sum")
+        loss = loss / count
+        (gradient[part],) = torch.autograd.grad(loss, wide)
+        total += loss.item()
+    return total, gradient

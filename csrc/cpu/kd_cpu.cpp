@@ -1,0 +1,793 @@
+// The CPU library: one generic row kernel behind a plain C interface, loaded by kdkernels/backends/cpu.py with ctypes.
+//
+// A row goes through at most three phases: (1) the normalisers of both sides and, where the divergence has a closed
+// form, its cross sum; (2) for the others, the sums of phi and g; (3) the gradient. All work on blocks of kBlock
+// classes in the working precision R (float, or double for double logits): a loader turns any dtype, stride, scale or
+// softcap into such a block, and a writer rounds the finished gradient once. The row is read from memory in phase 1 and
+// from cache after that.
+//
+// This file is compiled once per instruction set (KD_ISA names the variant), and once with KD_DISPATCH for the entry
+// points that pick a variant at load. No torch, no libstdc++, no libm, no -ffast-math.
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define KD_ABI 1
+#define KD_MAX_DIMS 8
+
+// ---------------------------------------------------------------------------------------------- the C interface
+// Both records are arrays of 8-byte fields; backends/cpu.py packs them in this order.
+
+// What a call computes, the same for every call of a LossSpec.
+struct KdOptions {
+  int64_t divergence;  // a number of KD_DIVERGENCES
+  double params[4];
+  double temperature, soft_weight, t_factor, hard_weight;
+  int64_t ignore_index, reduction;  // 0 mean, 1 sum, 2 none
+  double z_scale, z_cap, v_scale, v_cap;  // a cap of 0 is none
+  int64_t stats;
+  int64_t stream_bytes;  // gradients of at least this many bytes bypass the cache
+  int64_t grain;         // elements below which work is not split
+};
+
+// One call. Leading dimensions are common to both sides, each with its own strides, in elements.
+struct KdCall {
+  int64_t mode;  // 0: loss; 1: loss and gradient; 2: loss and state; 3: gradient from state
+  int64_t rows, classes, width;  // width: the gradient's classes; those from `classes` on get 0
+  const void *z, *v;
+  int64_t z_type, v_type;    // 0 float, 1 double, 2 bfloat16, 3 half
+  int64_t z_column, v_column;  // strides of the last dimension
+  int64_t dims, shape[KD_MAX_DIMS], z_stride[KD_MAX_DIMS], v_stride[KD_MAX_DIMS];
+  const int64_t* labels;   // [rows] or null
+  const uint8_t* mask;     // [rows] or null
+  const double* weights;   // [rows] or null
+  double num_items;        // < 0: none given
+  const void* upstream;    // mode 3: [rows] or one, of the loss's type
+  int64_t upstream_stride;
+  void* gradient;          // [rows, width], of z's type
+  void* loss;              // one, or [rows]; float, or double where either side is double
+  double* state;           // [rows, 7]
+  double* stats;           // [7]
+  void (*parallel_for)();  // torch_parallel_for, or null for serial
+};
+
+typedef void (*KdRange)(int64_t, int64_t, void*);
+typedef int32_t (*KdParallelFor)(int64_t, int64_t, int64_t, KdRange, void*);
+
+// Results of kd_run: kd_ok, or one of these.
+enum { kd_ok = -1, kd_no_memory = -2 };  // a value >= 0 is the first counted row whose label is out of range
+
+struct KdTable {
+  int64_t (*run)(const KdOptions*, const KdCall*);
+  void (*scale)(const void* in, void* out, int64_t rows, int64_t classes, int64_t type, const void* upstream,
+                int64_t upstream_stride, int64_t grain, void (*parallel_for)());
+  void (*pointwise)(int64_t divergence, const double* params, int64_t n, const double* lq, const double* lp,
+                    double* phi, double* g);
+};
+
+#ifndef KD_DISPATCH
+// ---------------------------------------------------------------------------------------------- one variant
+#define KD_FN inline __attribute__((always_inline))
+#define KD_PASTE_(a, b) a##b
+#define KD_PASTE(a, b) KD_PASTE_(a, b)
+
+#include "vecmath.h"
+
+#include "../divergence.h"
+#include "../row.h"
+
+namespace {
+
+// Classes per block. Both sides' blocks, the gradient's and a converted copy of each stay in a 32 KiB first-level cache
+// at 1,024; larger blocks would save merges and evict each other.
+constexpr int64_t kBlock = 1024;
+
+enum Type { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
+enum Hard { kNoHard, kSharedHard, kOwnHard };  // no hard term; one at T = 1 that shares q; one with its own softmax
+enum Mode { kLoss, kGradient, kState, kFromState };
+
+KD_FN int64_t type_size(int64_t type) { return type == kFloat ? 4 : type == kDouble ? 8 : 2; }
+
+// ------------------------------------------------------------------------------------------ 16-bit floats
+
+KD_FN float from_bfloat16(uint16_t x) { return bits<float>((uint32_t)x << 16); }
+
+KD_FN uint16_t to_bfloat16(float x) {
+  uint32_t u = bits<uint32_t>(x);
+  uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  return (uint16_t)(x != x ? 0x7fc0 : rounded);
+}
+
+KD_FN float from_half(uint16_t x) {
+  uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13;
+  // The exponent's bias differs by 112; multiplying handles subnormals, and a full exponent stays full.
+  float scaled = bits<float>(magnitude) * 0x1p112f;
+  uint32_t u = magnitude >= 0x0f800000 ? (magnitude | 0x7f800000) : bits<uint32_t>(scaled);
+  return bits<float>(u | ((uint32_t)(x & 0x8000) << 16));
+}
+
+KD_FN uint16_t to_half(float x) {
+  uint32_t u = bits<uint32_t>(x), magnitude = u & 0x7fffffff;
+  // Subnormal halves: adding 0.5 leaves their value, rounded, in the low bits.
+  uint32_t small = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000;
+  uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  uint32_t h = magnitude < 0x38800000 ? small : normal;
+  h = magnitude >= 0x477ff000 ? 0x7c00 : h;  // 65,520 and above round to infinity
+  h = magnitude > 0x7f800000 ? 0x7e00 : h;
+  return (uint16_t)(h | ((u >> 16) & 0x8000));
+}
+
+// ------------------------------------------------------------------------------------------ reading a side
+
+// One side of a row: where it is, and how its elements become logits.
+struct Reader {
+  const char* row;
+  int64_t type, column;
+  double scale, cap;
+};
+
+template <class R, class S, class F>
+KD_FN void convert(const S* x, int64_t n, int64_t column, R* out, F f) {
+  if (column == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = f(x[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = f(x[i * column]);
+  }
+}
+
+// Classes [begin, begin + n) of a side in the working precision: where they lie, if they are that already, else in `to`.
+template <class R>
+const R* read(const Reader& r, int64_t begin, int64_t n, R* to) {
+  const char* p = r.row + begin * r.column * type_size(r.type);
+  bool plain = r.type == (sizeof(R) == 8 ? kDouble : kFloat) && r.column == 1;
+  if (plain && r.cap == 0) return (const R*)p;
+  switch (r.type) {
+    case kFloat:
+      convert((const float*)p, n, r.column, to, [](float x) { return (R)x; });
+      break;
+    case kDouble:
+      convert((const double*)p, n, r.column, to, [](double x) { return (R)x; });
+      break;
+    case kBFloat16:
+      convert((const uint16_t*)p, n, r.column, to, [](uint16_t x) { return (R)from_bfloat16(x); });
+      break;
+    default:
+      convert((const uint16_t*)p, n, r.column, to, [](uint16_t x) { return (R)from_half(x); });
+  }
+  if (r.cap != 0) {
+    R inner = (R)(r.scale / r.cap), cap = (R)r.cap;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = cap * tanh_(to[i] * inner);
+  }
+  return to;
+}
+
+// ------------------------------------------------------------------------------------------ writing the gradient
+
+// Copies bytes past the cache: a gradient larger than the caches is not read again soon, and an ordinary store would
+// first read each line from memory.
+void stream(void* to, const void* from, int64_t bytes) {
+#if defined(__x86_64__)
+  constexpr int64_t kLine = 64;
+  char* d = (char*)to;
+  const char* s = (const char*)from;
+  int64_t head = (int64_t)(-(uintptr_t)d & (kLine - 1));
+  if (head > bytes) head = bytes;
+  memcpy(d, s, head);
+  int64_t i = head;
+  for (; i + kLine <= bytes; i += kLine) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)(d + i), _mm512_loadu_si512(s + i));
+#elif defined(__AVX__)
+    _mm256_stream_si256((__m256i*)(d + i), _mm256_loadu_si256((const __m256i*)(s + i)));
+    _mm256_stream_si256((__m256i*)(d + i + 32), _mm256_loadu_si256((const __m256i*)(s + i + 32)));
+#else
+    for (int j = 0; j < 64; j += 16)
+      _mm_stream_si128((__m128i*)(d + i + j), _mm_loadu_si128((const __m128i*)(s + i + j)));
+#endif
+  }
+  memcpy(d + i, s + i, bytes - i);
+#else
+  memcpy(to, from, bytes);
+#endif
+}
+
+// Rounds a finished block to the gradient's type.
+template <class R>
+void write(void* row, int64_t type, int64_t begin, int64_t n, const R* block, bool past_cache) {
+  alignas(64) uint16_t narrow[kBlock];
+  char* to = (char*)row + begin * type_size(type);
+  const void* from = block;
+  if (type == kBFloat16) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) narrow[i] = to_bfloat16((float)block[i]);
+    from = narrow;
+  } else if (type == kHalf) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) narrow[i] = to_half((float)block[i]);
+    from = narrow;
+  } else if (type == kFloat && sizeof(R) == 8) {
+    for (int64_t i = 0; i < n; ++i) ((float*)to)[i] = (float)block[i];
+    return;
+  }
+  if (past_cache)
+    stream(to, from, n * type_size(type));
+  else
+    memcpy(to, from, n * type_size(type));
+}
+
+// ------------------------------------------------------------------------------------------ the three phases
+
+// What all rows of a call share, in the working precision.
+template <class R>
+struct Frame {
+  Reader z, v;
+  int64_t classes;
+  R cz, cv;     // raw (or capped) logits to exponents at temperature T
+  R one;        // to exponents at T = 1, student
+  R soft, hard; // factors of the gradient, apart from the row's weight
+};
+
+template <class R>
+KD_FN R maximum(const R* x, int64_t n) {
+  constexpr int kLanes = 128 / sizeof(R);
+  R lane[kLanes];
+  for (int l = 0; l < kLanes; ++l) lane[l] = -Real<R>::kInf;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+  }
+  for (; i < n; ++i) lane[0] = x[i] > lane[0] ? x[i] : lane[0];
+  R m = lane[0];
+  for (int l = 1; l < kLanes; ++l) m = lane[l] > m ? lane[l] : m;
+  return m;
+}
+
+// The reference of a block: its maximum, or 0 where it has no finite logit. An infinite one makes the row NaN, as it does
+// in any softmax.
+template <class R>
+KD_FN R reference(const R* x, int64_t n) {
+  R m = maximum(x, n);
+  return m == -Real<R>::kInf ? R(0) : m;
+}
+
+// No soft term: the hard one alone.
+template <class R>
+struct NoDivergence {
+  static constexpr bool kCross = true, kTeacherWeighs = false;
+  static constexpr R kA = 0, kB = 0;
+  R unused[4];
+};
+template <class D>
+constexpr bool kReadsTeacher = true;
+template <class R>
+constexpr bool kReadsTeacher<NoDivergence<R>> = false;
+
+// Phase 1.
+template <class R, class D, bool kOwnSum>
+void normalise(const Frame<R>& f, RowState& row) {
+  alignas(64) R z_block[kBlock], v_block[kBlock];
+  row = RowState{};
+  for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
+    int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
+    const R* z = read(f.z, begin, n, z_block);
+    R rz = reference(z, n), cz = f.cz, one = f.one, sz = 0, s1 = 0, sv = 0, x = 0, rv = 0;
+    if constexpr (kReadsTeacher<D>) {
+      const R* v = read(f.v, begin, n, v_block);
+      rv = reference(v, n);
+      R cv = f.cv;
+#pragma omp simd reduction(+ : sz, s1, sv, x)
+      for (int64_t i = 0; i < n; ++i) {
+        R y = (z[i] - rz) * cz, u = (v[i] - rv) * cv;
+        R ey = kd_exp(y), eu = kd_exp(u);
+        sz += ey;
+        sv += eu;
+        if constexpr (D::kCross) {
+          R a = D::kTeacherWeighs ? u : y, b = D::kTeacherWeighs ? y : u, ea = D::kTeacherWeighs ? eu : ey;
+          // A class that the weighing side can't produce contributes nothing, also where a or b is infinite.
+          R term = D::kA * a + D::kB * b;
+          if constexpr (D::kA == 0) term = D::kB * b;
+          x += ea > 0 ? ea * term : (ea != ea ? ea : R(0));
+        }
+        if constexpr (kOwnSum) s1 += kd_exp((z[i] - rz) * one);
+      }
+    } else {
+#pragma omp simd reduction(+ : sz)
+      for (int64_t i = 0; i < n; ++i) sz += kd_exp((z[i] - rz) * cz);
+    }
+    RowState block{{(double)rz, (double)sz}, {(double)rv, (double)sv}, (double)x, (double)s1, 0};
+    merge(row, block, f.cz, f.cv, f.one, D::kTeacherWeighs, D::kA, D::kB);
+  }
+}
+
+// Phase 2: sums phi and g, and leaves g in `g_row` for the gradient.
+template <class R, class D>
+double sum_pairs(const Frame<R>& f, const D& d, RowState& row, R* g_row) {
+  alignas(64) R z_block[kBlock], v_block[kBlock];
+  R rz = (R)row.z.ref, rv = (R)row.v.ref, lz = (R)kd_log(row.z.sum), lv = (R)kd_log(row.v.sum), cz = f.cz, cv = f.cv;
+  double phi_sum = 0, g_sum = 0;
+  for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
+    int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
+    const R *z = read(f.z, begin, n, z_block), *v = read(f.v, begin, n, v_block);
+    R phi = 0, g = 0;
+    R* out = g_row + begin;
+#pragma omp simd reduction(+ : phi, g)
+    for (int64_t i = 0; i < n; ++i) {
+      R lq = (z[i] - rz) * cz - lz, lp = (v[i] - rv) * cv - lv;
+      Terms<R> t = d.terms(lq, lp);
+      // Neither side can produce this class. (A sum of two -infinities, not of a NaN.)
+      bool dead = lq == -Real<R>::kInf && lp == -Real<R>::kInf;
+      R tp = dead ? R(0) : t.phi, tg = dead ? R(0) : t.g;
+      phi += tp;
+      g += tg;
+      out[i] = tg;
+    }
+    phi_sum += phi;
+    g_sum += g;
+  }
+  row.sum_g = g_sum;
+  return phi_sum;
+}
+
+// D of a row from its state, for the divergences that need no second phase.
+template <class R, class D>
+double closed_form(const RowState& row) {
+  const Side &a = D::kTeacherWeighs ? row.v : row.z, &b = D::kTeacherWeighs ? row.z : row.v;
+  return D::value(row.cross, a.sum, kd_log(a.sum), kd_log(b.sum));
+}
+
+// Phase 3. `label` is the class of the hard term, or -1. `soft` and `hard` carry the row's weight.
+template <class R, class D, int kHard>
+void write_gradient(const Frame<R>& f, const D&, const RowState& row, const R* g_row, double weight, int64_t label,
+                    void* out, int64_t out_type, bool past_cache) {
+  alignas(64) R z_block[kBlock], v_block[kBlock], block[kBlock];
+  R rz = (R)row.z.ref, rv = (R)row.v.ref, cz = f.cz, cv = f.cv, one = f.one;
+  R iz = (R)(1 / row.z.sum), iv = (R)(1 / row.v.sum), i1 = (R)(1 / row.sum_one);
+  R soft = (R)(weight * f.soft), hard = label < 0 ? R(0) : (R)(weight * f.hard);
+  R lz = (R)kd_log(row.z.sum), lv = (R)kd_log(row.v.sum);
+  R mean = 0;  // sum of g, or for the reverse KL its part that doesn't cancel
+  if constexpr (kReadsTeacher<D>) {
+    if constexpr (!D::kCross)
+      mean = (R)row.sum_g;
+    else if constexpr (!D::kTeacherWeighs)
+      mean = (R)closed_form<R, D>(row);
+  }
+  for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
+    int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
+    const R* z = read(f.z, begin, n, z_block);
+    const R* v = nullptr;
+    const R* g = g_row + begin;
+    if constexpr (kReadsTeacher<D> && D::kCross) v = read(f.v, begin, n, v_block);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      R y = (z[i] - rz) * cz;
+      R q = kd_exp(y) * iz, dz = 0;
+      if constexpr (kReadsTeacher<D>) {
+        if constexpr (!D::kCross) {
+          dz = soft * (g[i] - q * mean);
+        } else if constexpr (D::kTeacherWeighs) {
+          dz = soft * (q - kd_exp((v[i] - rv) * cv) * iv);
+        } else {
+          R l = (y - lz) - ((v[i] - rv) * cv - lv);
+          dz = q > 0 ? soft * q * (l - mean) : (q != q ? q : R(0));
+        }
+      }
+      if constexpr (kHard == kSharedHard) dz += hard * q;
+      if constexpr (kHard == kOwnHard) dz += hard * (kd_exp((z[i] - rz) * one) * i1);
+      block[i] = dz;
+    }
+    if (kHard != kNoHard && label >= begin && label < begin + n) block[label - begin] -= hard;
+    if (f.z.cap != 0) {  // d (c tanh(s z / c)) / d z = s (1 - tanh^2)
+      R s = (R)f.z.scale, inverse = (R)(1 / f.z.cap);
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        R t = z[i] * inverse;
+        block[i] *= s * (1 - t * t);
+      }
+    }
+    write(out, out_type, begin, n, block, past_cache);
+  }
+}
+
+// ------------------------------------------------------------------------------------------ figures
+
+struct Figures {
+  double entropy_z, entropy_v, agrees;
+  int64_t best;
+};
+
+template <class R>
+double entropy(const Reader& r, const Side& side, R c, int64_t classes, int64_t* best) {
+  alignas(64) R block[kBlock];
+  R ref = (R)side.ref, top = -Real<R>::kInf;
+  double x = 0;
+  *best = 0;
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    int64_t n = classes - begin < kBlock ? classes - begin : kBlock;
+    const R* w = read(r, begin, n, block);
+    R sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) {
+      R y = (w[i] - ref) * c, e = kd_exp(y);
+      sum += e > 0 ? e * y : (e != e ? e : R(0));
+    }
+    x += sum;
+    R m = maximum(w, n);
+    if (m > top)
+      for (int64_t i = 0; i < n; ++i)
+        if (w[i] == m) {
+          top = m;
+          *best = begin + i;
+          break;
+        }
+  }
+  return kd_log(side.sum) - x / side.sum;
+}
+
+// ------------------------------------------------------------------------------------------ a call
+
+enum { kRowLoss, kRowSoft, kRowHard, kRowEntropyZ, kRowEntropyV, kRowAgrees, kRowCorrect, kRowFigures };
+
+template <class R>
+struct Job {
+  const KdOptions* o;
+  const KdCall* c;
+  double denominator;  // what `mean` divides by; 1 otherwise
+  double* rows;        // [rows, kRowFigures or 1]
+  int64_t figures;
+  bool past_cache, failed;
+};
+
+KD_FN bool counts(const KdOptions& o, const KdCall& c, int64_t n) {
+  if (c.mask) return c.mask[n] != 0;
+  return c.labels ? c.labels[n] != o.ignore_index : true;
+}
+
+KD_FN bool is_labelled(const KdOptions& o, const KdCall& c, int64_t n) {
+  return c.labels && c.labels[n] != o.ignore_index;
+}
+
+void row_offsets(const KdCall& c, int64_t n, int64_t& z, int64_t& v) {
+  z = v = 0;
+  for (int64_t d = c.dims - 1; d >= 0; --d) {
+    int64_t i = d == 0 ? n : n % c.shape[d];
+    n /= c.shape[d];
+    z += i * c.z_stride[d];
+    v += i * c.v_stride[d];
+  }
+}
+
+template <class R, class D, int kHard>
+void do_rows(int64_t begin, int64_t end, void* context) {
+  Job<R>& job = *(Job<R>*)context;
+  const KdOptions& o = *job.o;
+  const KdCall& c = *job.c;
+  constexpr bool reads_teacher = kReadsTeacher<D>;
+  constexpr bool pair = !D::kCross;
+
+  D d;
+  for (int i = 0; i < 4; ++i) ((R*)&d)[i] = (R)o.params[i];
+
+  Frame<R> f;
+  double z_scale = o.z_cap != 0 ? 1 : o.z_scale, v_scale = o.v_cap != 0 ? 1 : o.v_scale;
+  double T = reads_teacher ? o.temperature : 1;
+  f.classes = c.classes;
+  f.cz = (R)(z_scale / T);
+  f.cv = (R)(v_scale / T);
+  f.one = (R)z_scale;
+  f.soft = (R)(o.soft_weight * o.t_factor * z_scale / T);
+  f.hard = (R)(o.hard_weight * z_scale);
+
+  R* g_row = nullptr;
+  if (pair) {
+    g_row = (R*)malloc(sizeof(R) * c.classes);
+    if (!g_row) {
+      __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
+      return;
+    }
+  }
+  int64_t z_size = type_size(c.z_type), v_size = type_size(c.v_type);
+  bool writes = c.mode == kGradient || c.mode == kFromState;
+  for (int64_t n = begin; n < end; ++n) {
+    double* figures = job.rows ? job.rows + n * job.figures : nullptr;
+    char* out = writes ? (char*)c.gradient + n * c.width * z_size : nullptr;
+    if (!counts(o, c, n)) {
+      if (figures) memset(figures, 0, job.figures * sizeof(double));
+      if (writes) memset(out, 0, c.width * z_size);
+      continue;
+    }
+    int64_t z_offset, v_offset;
+    row_offsets(c, n, z_offset, v_offset);
+    f.z = {(const char*)c.z + z_offset * z_size, c.z_type, c.z_column, o.z_scale, o.z_cap};
+    f.v = {(const char*)c.v + v_offset * v_size, c.v_type, c.v_column, o.v_scale, o.v_cap};
+    int64_t label = is_labelled(o, c, n) ? c.labels[n] : -1;
+    double weight = c.weights ? c.weights[n] : 1;
+
+    RowState row;
+    double soft = 0, hard = 0;
+    if (c.mode == kFromState) {
+      memcpy(&row, c.state + n * kStateDoubles, sizeof row);
+      if constexpr (pair) sum_pairs<R, D>(f, d, row, g_row);
+    } else {
+      normalise<R, D, kHard == kOwnHard>(f, row);
+      if constexpr (kHard != kOwnHard) row.sum_one = row.z.sum;
+      if constexpr (pair)
+        soft = sum_pairs<R, D>(f, d, row, g_row);
+      else if constexpr (reads_teacher)
+        soft = closed_form<R, D>(row);
+      if (kHard != kNoHard && label >= 0) {
+        R at_label[1];
+        hard = kd_log(row.sum_one) - ((double)*read(f.z, label, 1, at_label) - row.z.ref) * (double)f.one;
+      }
+      figures[kRowLoss] = weight * (o.soft_weight * o.t_factor * soft + o.hard_weight * hard);
+      if (c.mode == kState) memcpy(c.state + n * kStateDoubles, &row, sizeof row);
+      if (o.stats) {
+        int64_t best_z, best_v;
+        figures[kRowSoft] = o.t_factor * soft;
+        figures[kRowHard] = hard;
+        figures[kRowEntropyZ] = entropy<R>(f.z, row.z, f.cz, c.classes, &best_z);
+        figures[kRowEntropyV] = entropy<R>(f.v, row.v, f.cv, c.classes, &best_v);
+        figures[kRowAgrees] = best_z == best_v;
+        figures[kRowCorrect] = label >= 0 && best_z == label;
+      }
+    }
+    if (writes) {
+      double upstream = 1;
+      if (c.mode == kFromState) upstream = (double)((const R*)c.upstream)[n * c.upstream_stride];
+      write_gradient<R, D, kHard>(f, d, row, g_row, upstream * weight / job.denominator, label, out, c.z_type,
+                                  job.past_cache);
+      if (c.width > c.classes) memset(out + c.classes * z_size, 0, (c.width - c.classes) * z_size);
+    }
+  }
+  free(g_row);
+#if defined(__x86_64__)
+  if (writes && job.past_cache) _mm_sfence();
+#endif
+}
+
+// Sums x[0], x[step], ... by halves: the same tree for the same n, whatever ran in parallel before.
+double tree_sum(const double* x, int64_t n, int64_t step) {
+  if (n <= 8) {
+    double s = 0;
+    for (int64_t i = 0; i < n; ++i) s += x[i * step];
+    return s;
+  }
+  int64_t half = n / 2;
+  return tree_sum(x, half, step) + tree_sum(x + half * step, n - half, step);
+}
+
+// Rows that make up `grain` elements, so that small calls are not split.
+KD_FN int64_t rows_per_task(int64_t grain, int64_t classes) {
+  int64_t rows = grain / (classes > 0 ? classes : 1);
+  return rows > 1 ? rows : 1;
+}
+
+void parallel(void (*parallel_for)(), int64_t n, int64_t grain, KdRange work, void* context) {
+  if (n == 0) return;
+  if (parallel_for && n > grain)
+    ((KdParallelFor)parallel_for)(0, n, grain, work, context);
+  else
+    work(0, n, context);
+}
+
+template <class R>
+KdRange choose_rows(const KdOptions& o, const KdCall& c) {
+  bool soft = o.soft_weight != 0 || o.stats;
+  bool hard = c.labels && (o.hard_weight != 0 || o.stats);
+  if (!soft) return do_rows<R, NoDivergence<R>, kSharedHard>;
+  int which = !hard ? kNoHard : o.temperature == 1 ? kSharedHard : kOwnHard;
+#define KD_CHOOSE(number, D, name)                                 \
+  if (o.divergence == number)                                      \
+    return which == kNoHard       ? do_rows<R, D<R>, kNoHard>      \
+           : which == kSharedHard ? do_rows<R, D<R>, kSharedHard>  \
+                                  : do_rows<R, D<R>, kOwnHard>;
+  KD_DIVERGENCES(KD_CHOOSE)
+#undef KD_CHOOSE
+  return nullptr;
+}
+
+template <class R>
+int64_t run(const KdOptions& o, const KdCall& c) {
+  int64_t counted = 0, labelled = 0;
+  bool uses_labels = c.labels && (o.hard_weight != 0 || o.stats);
+  for (int64_t n = 0; n < c.rows; ++n) {
+    if (!counts(o, c, n)) continue;
+    ++counted;
+    if (!is_labelled(o, c, n)) continue;
+    ++labelled;
+    if (uses_labels && (c.labels[n] < 0 || c.labels[n] >= c.classes)) return n;
+  }
+  Job<R> job{&o, &c, 1, nullptr, o.stats ? kRowFigures : 1, false, false};
+  double items = counted == 0 ? 1 : c.num_items >= 0 ? c.num_items : (double)counted;
+  if (o.reduction == 0) job.denominator = items;
+  job.past_cache = c.rows * c.width * type_size(c.z_type) >= o.stream_bytes;
+  if (c.mode != kFromState) {
+    job.rows = (double*)malloc(sizeof(double) * (c.rows * job.figures + 1));
+    if (!job.rows) return kd_no_memory;
+  }
+  parallel(c.parallel_for, c.rows, rows_per_task(o.grain, c.classes), choose_rows<R>(o, c), &job);
+  if (job.rows && !job.failed) {
+    if (o.reduction == 2)
+      for (int64_t n = 0; n < c.rows; ++n) ((R*)c.loss)[n] = (R)job.rows[n * job.figures];
+    else
+      *(R*)c.loss = (R)(tree_sum(job.rows, c.rows, job.figures) / job.denominator);
+    if (o.stats) {
+      double over_rows = counted ? 1.0 / counted : 0, over_labelled = labelled ? 1.0 / labelled : 0;
+      double over_terms = o.reduction == 1 ? 1 : 1 / items;
+      double by[] = {0, over_terms, over_terms, over_rows, over_rows, over_rows, over_labelled};
+      for (int k = 1; k < kRowFigures; ++k)
+        c.stats[k - 1] = tree_sum(job.rows + k, c.rows, kRowFigures) * by[k];
+      c.stats[kRowFigures - 1] = (double)counted;
+    }
+  }
+  free(job.rows);
+  return job.failed ? kd_no_memory : kd_ok;
+}
+
+int64_t run_any(const KdOptions* o, const KdCall* c) {
+  return c->z_type == kDouble || c->v_type == kDouble ? run<double>(*o, *c) : run<float>(*o, *c);
+}
+
+// ------------------------------------------------------------------------------------------ backward's scaling
+
+struct Scaling {
+  const char* in;
+  char* out;
+  int64_t classes, type;
+  const void* upstream;
+  int64_t stride;
+};
+
+template <class R>
+KD_FN double upstream_of(const Scaling& s, int64_t n) {
+  return (double)((const R*)s.upstream)[n * s.stride];
+}
+
+template <class R>
+void scale_rows(int64_t begin, int64_t end, void* context) {
+  const Scaling& s = *(const Scaling*)context;
+  alignas(64) R block[kBlock];
+  for (int64_t n = begin; n < end; ++n) {
+    int64_t size = type_size(s.type);
+    R factor = (R)upstream_of<R>(s, n);
+    Reader row{s.in + n * s.classes * size, s.type, 1, 1, 0};
+    for (int64_t i = 0; i < s.classes; i += kBlock) {
+      int64_t m = s.classes - i < kBlock ? s.classes - i : kBlock;
+      const R* x = read(row, i, m, block);
+#pragma omp simd
+      for (int64_t j = 0; j < m; ++j) block[j] = x[j] * factor;
+      write(s.out + n * s.classes * size, s.type, i, m, block, false);
+    }
+  }
+}
+
+// out = in * upstream, row by row; in place it returns at once where every factor is 1.
+void scale(const void* in, void* out, int64_t rows, int64_t classes, int64_t type, const void* upstream, int64_t stride,
+           int64_t grain, void (*parallel_for)()) {
+  Scaling s{(const char*)in, (char*)out, classes, type, upstream, stride};
+  bool wide = type == kDouble, ones = in == out;
+  for (int64_t n = 0; ones && n < (stride == 0 && rows > 1 ? 1 : rows); ++n)
+    ones = (wide ? upstream_of<double>(s, n) : upstream_of<float>(s, n)) == 1;
+  if (ones) return;
+  parallel(parallel_for, rows, rows_per_task(grain, classes), wide ? scale_rows<double> : scale_rows<float>, &s);
+}
+
+void pointwise(int64_t divergence, const double* params, int64_t n, const double* lq, const double* lp, double* phi,
+               double* g) {
+#define KD_POINTWISE(number, D, name)                             \
+  if (divergence == number) {                                     \
+    D<double> d;                                                  \
+    memcpy((void*)&d, params, sizeof d);                          \
+    for (int64_t i = 0; i < n; ++i) {                             \
+      Terms<double> t = d.terms(lq[i], lp[i]);                    \
+      phi[i] = t.phi;                                             \
+      g[i] = t.g;                                                 \
+    }                                                             \
+  }
+  KD_DIVERGENCES(KD_POINTWISE)
+#undef KD_POINTWISE
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("hidden"))) const KdTable KD_PASTE(kd_table_, KD_ISA);
+extern "C" const KdTable KD_PASTE(kd_table_, KD_ISA) = {run_any, scale, pointwise};
+
+#else
+// ---------------------------------------------------------------------------------------------- the entry points
+#define KD_FN inline
+#define KD_EXPORT extern "C" __attribute__((visibility("default")))
+
+extern "C" __attribute__((visibility("hidden"))) const KdTable kd_table_baseline;
+#ifdef KD_HAVE_AVX2
+extern "C" __attribute__((visibility("hidden"))) const KdTable kd_table_avx2;
+#endif
+#ifdef KD_HAVE_AVX512
+extern "C" __attribute__((visibility("hidden"))) const KdTable kd_table_avx512;
+#endif
+
+namespace {
+
+double kd_exp(double x);
+double kd_expm1(double x);
+double kd_log1p(double x);
+#include "../divergence.h"
+
+struct Variant {
+  const char* name;
+  const KdTable* table;
+};
+
+// The variants that this processor can run, best first.
+int variants(Variant* out) {
+  int n = 0;
+#ifdef KD_HAVE_AVX512
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    out[n++] = {"avx512", &kd_table_avx512};
+#endif
+#ifdef KD_HAVE_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) out[n++] = {"avx2", &kd_table_avx2};
+#endif
+  out[n++] = {"baseline", &kd_table_baseline};
+  return n;
+}
+
+const Variant* chosen() {
+  static Variant all[3];
+  static const Variant* best = nullptr;  // two threads that race here store the same value
+  if (!best) {
+    variants(all);
+    best = &all[0];
+  }
+  return best;
+}
+
+// Tests run every variant that the processor has; everyone else runs the best.
+const KdTable* table_of(int64_t variant) {
+  Variant all[3];
+  int n = variants(all);
+  return all[variant < n ? variant : 0].table;
+}
+
+}  // namespace
+
+KD_EXPORT int64_t kd_abi() { return KD_ABI; }
+
+// The name of a variant this processor can run, best first; null past the last.
+KD_EXPORT const char* kd_variant(int64_t i) {
+  Variant all[3];
+  return i < variants(all) ? all[i].name : nullptr;
+}
+
+// The number of a divergence in this library, or -1.
+KD_EXPORT int64_t kd_divergence(const char* name) {
+#define KD_NAME(number, D, text) \
+  if (strcmp(name, text) == 0) return number;
+  KD_DIVERGENCES(KD_NAME)
+#undef KD_NAME
+  return -1;
+}
+
+KD_EXPORT int64_t kd_run(int64_t variant, const KdOptions* options, const KdCall* call) {
+  return table_of(variant)->run(options, call);
+}
+
+KD_EXPORT void kd_scale(int64_t variant, const void* in, void* out, int64_t rows, int64_t classes, int64_t type,
+                        const void* upstream, int64_t upstream_stride, int64_t grain, void (*parallel_for)()) {
+  table_of(variant)->scale(in, out, rows, classes, type, upstream, upstream_stride, grain, parallel_for);
+}
+
+KD_EXPORT void kd_pointwise(int64_t variant, int64_t divergence, const double* params, int64_t n, const double* lq,
+                            const double* lp, double* phi, double* g) {
+  table_of(variant)->pointwise(divergence, params, n, lq, lp, phi, g);
+}
+#endif

@@ -1,0 +1,163 @@
+// exp, expm1 and log1p as polynomials that a compiler vectorises, in float and double, without libm.
+//
+// Coefficients are minimax fits of our own (Remez; relative errors in the comments). Infinities and NaN behave as in C;
+// a result below the smallest normal number is flushed to 0.
+#pragma once
+
+namespace {
+
+template <class To, class From>
+KD_FN To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+template <class R>
+struct Real;
+
+template <>
+struct Real<float> {
+  using Int = int;
+  static constexpr int kMantissa = 23;
+  static constexpr Int kOne = 0x3f800000, kSqrtHalf = 0x3f3504f3;
+  static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693145752f, kLn2Lo = 1.42860677e-6f, kLn2 = 0.693147181f;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kMin = -87.33654f, kMax = 88.72283f;
+  static constexpr float kInf = __builtin_huge_valf();
+
+  // e^r - 1 on |r| <= ln(2)/2, relative error 3e-9.
+  static KD_FN float expm1_reduced(float r) {
+    float p = 0.00139504918285f;
+    p = p * r + 0.00836888935243f;
+    p = p * r + 0.0416662057914f;
+    p = p * r + 0.166665188397f;
+    p = p * r + 0.500000009519f;
+    return p * (r * r) + r;
+  }
+  // log(1 + f) on sqrt(1/2) <= 1 + f <= sqrt(2), relative error 3e-8.
+  static KD_FN float log1p_reduced(float f) {
+    float p = 0.0891786839256f;
+    p = p * f + -0.143502001413f;
+    p = p * f + 0.148769609739f;
+    p = p * f + -0.165656347125f;
+    p = p * f + 0.199653981422f;
+    p = p * f + -0.250017469263f;
+    p = p * f + 0.333338580658f;
+    float f2 = f * f;
+    return p * (f2 * f) + (f - 0.5f * f2);
+  }
+};
+
+template <>
+struct Real<double> {
+  using Int = long long;
+  static constexpr int kMantissa = 52;
+  static constexpr Int kOne = 0x3ff0000000000000, kSqrtHalf = 0x3fe6a09e667f3bcd;
+  static constexpr double kLog2e = 1.4426950408889634, kLn2Hi = 0.69314718036912382, kLn2Lo = 1.9082149292705877e-10,
+                          kLn2 = 0.69314718055994531;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kMin = -708.396418532264, kMax = 709.782712893384;
+  static constexpr double kInf = __builtin_huge_val();
+
+  // The Taylor series: its first omitted term, r^14 / 14!, is below 5e-18 there.
+  static KD_FN double expm1_reduced(double r) {
+    double p = 1.0 / 6227020800;
+    p = p * r + 1.0 / 479001600;
+    p = p * r + 1.0 / 39916800;
+    p = p * r + 1.0 / 3628800;
+    p = p * r + 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    return p * (r * r) + r;
+  }
+  // 2 atanh(s), s = f / (2 + f), |s| <= 0.1716: the first omitted term, s^23 / 23, is below 2e-18 relative to s.
+  static KD_FN double log1p_reduced(double f) {
+    double s = f / (2 + f), s2 = s * s;
+    double p = 1.0 / 21;
+    p = p * s2 + 1.0 / 19;
+    p = p * s2 + 1.0 / 17;
+    p = p * s2 + 1.0 / 15;
+    p = p * s2 + 1.0 / 13;
+    p = p * s2 + 1.0 / 11;
+    p = p * s2 + 1.0 / 9;
+    p = p * s2 + 1.0 / 7;
+    p = p * s2 + 1.0 / 5;
+    p = p * s2 + 1.0 / 3;
+    // 2s + 2s^3 p, with 2s = f - s f so that small f loses nothing.
+    return f - s * (f - 2 * s2 * p);
+  }
+};
+
+// x = n ln 2 + r with n an integer; returns e^r - 1 and 2^n. x must lie within [kMin, kMax].
+template <class R>
+KD_FN R split_exp(R x, R& power) {
+  using M = Real<R>;
+  R rounded = x * M::kLog2e + M::kRound;
+  typename M::Int n = bits<typename M::Int>(rounded) - bits<typename M::Int>(M::kRound);
+  R whole = rounded - M::kRound;
+  R r = (x - whole * M::kLn2Hi) - whole * M::kLn2Lo;
+  power = bits<R>((typename M::Int)((n << M::kMantissa) + M::kOne));
+  return M::expm1_reduced(r);
+}
+
+// e^x; inf above kMax - 0.4 (there 2^n would leave the numbers), 0 below kMin. Comparisons are written so that NaN stays NaN.
+template <class R>
+KD_FN R exp_(R x) {
+  using M = Real<R>;
+  constexpr R top = M::kMax - R(0.4);
+  R clamped = x < M::kMin ? M::kMin : x;
+  clamped = clamped > top ? top : clamped;
+  R power, e = split_exp(clamped, power);
+  R y = power * e + power;
+  y = x < M::kMin ? R(0) : y;
+  return x > top ? M::kInf : y;
+}
+
+// e^x - 1 for x <= 0.
+template <class R>
+KD_FN R expm1_(R x) {
+  using M = Real<R>;
+  R clamped = x < M::kMin ? M::kMin : x;
+  R power, e = split_exp(clamped, power);
+  return power * e + (power - 1);
+}
+
+// log(1 + x) for x > -1; -inf at -1, NaN below.
+template <class R>
+KD_FN R log1p_(R x) {
+  using M = Real<R>;
+  using Int = typename M::Int;
+  R u = 1 + x;
+  Int e = (bits<Int>(u) - M::kSqrtHalf) >> M::kMantissa;
+  // 1 + f = (1 + x) 2^-e, formed from x so that a small x keeps its digits.
+  R inverse = bits<R>((Int)(M::kOne - (e << M::kMantissa)));
+  R f = x * inverse + (inverse - 1);
+  R y = (R)e * M::kLn2 + M::log1p_reduced(f);
+  y = u > 0 ? y : (u == 0 ? -M::kInf : bits<R>((Int)(-1)));
+  return x != x ? x : y;
+}
+
+KD_FN float kd_exp(float x) { return exp_(x); }
+KD_FN double kd_exp(double x) { return exp_(x); }
+KD_FN float kd_expm1(float x) { return expm1_(x); }
+KD_FN double kd_expm1(double x) { return expm1_(x); }
+KD_FN float kd_log1p(float x) { return log1p_(x); }
+KD_FN double kd_log1p(double x) { return log1p_(x); }
+KD_FN double kd_log(double x) { return x == Real<double>::kInf ? x : log1p_(x - 1); }
+
+// tanh through e^(-2|x|) - 1, which keeps its digits at both ends.
+template <class R>
+KD_FN R tanh_(R x) {
+  R t = expm1_(-2 * (x < 0 ? -x : x));  // in (-1, 0]; |tanh| = -t / (2 + t)
+  R y = -t / (2 + t);
+  return x < 0 ? -y : y;
+}
+
+}  // namespace

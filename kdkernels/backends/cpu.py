@@ -1,0 +1,279 @@
+"""The CPU backend: the C++ library of `csrc/cpu`, loaded with ctypes and run in torch's own thread pool."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import tuning
+from ..spec import REDUCTIONS, LossSpec
+
+LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
+
+# Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
+_ABI = 1
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_MODES = {"loss": 0, "gradient": 1, "state": 2, "from_state": 3}
+_MAX_DIMS = 8
+_STATE = 7
+_STATS = 7
+_OK, _NO_MEMORY = -1, -2
+
+# KdOptions and KdCall of kd_cpu.cpp, field by field.
+_OPTIONS = struct.Struct("=q 4d 4d 2q 4d q 2q")
+_CALL = struct.Struct("=q 3q 2q 2q 2q q 8q 8q 8q 3q d q q q q q q q")
+
+
+class CpuBackend:
+    """Rows in C++: gradient in forward, float32 or float64 arithmetic, any strides."""
+
+    name = "cpu"
+
+    def __init__(self, path: Path = LIBRARY) -> None:
+        self._path = path
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The instruction sets that the library was built for and this processor has, best first."""
+        return _load(self._path).variants
+
+    def available(self, device: torch.device) -> str | None:
+        """None where the library is loaded and the tensors are on a CPU, else why not."""
+        if device.type != "cpu":
+            return f"runs on CPU tensors, these are on {device.type}"
+        return _load(self._path).missing
+
+    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
+        """None where the library has the divergence, else why not."""
+        if _divergence_number(self._path, spec.divergence) < 0:
+            return f"has no C++ expression of the divergence {spec.divergence!r}"
+        return None
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        token_weights: Tensor | None,
+        num_items: Tensor | float | None,
+        spec: LossSpec,
+        classes: int,
+        want: str,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, the stats where the spec asks for them, and what `want` names: gradient, state or nothing more."""
+        wide = student.dtype is torch.float64 or teacher.dtype is torch.float64
+        R = torch.float64 if wide else torch.float32
+        leading = student.shape[:-1]
+        loss = torch.empty(leading if spec.reduction == "none" else (), dtype=R)
+        stats = torch.empty(_STATS, dtype=torch.float64) if spec.stats else None
+        saved = None
+        if want == "gradient":
+            saved = torch.empty(student.shape, dtype=student.dtype)
+        elif want == "state":
+            saved = torch.empty((leading.numel(), _STATE), dtype=torch.float64)
+        self._run(
+            want, student, teacher, labels, mask, token_weights, num_items, spec, classes,
+            gradient=saved if want == "gradient" else None,
+            state=saved if want == "state" else None,
+            loss=loss, stats=stats,
+        )  # fmt: skip
+        return loss, None if stats is None else stats.to(R), saved
+
+    def gradient(
+        self,
+        state: Tensor,
+        upstream: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        token_weights: Tensor | None,
+        num_items: Tensor | float | None,
+        spec: LossSpec,
+        classes: int,
+    ) -> Tensor:
+        """The gradient from the rows' saved statistics, with the upstream factor applied before the one rounding."""
+        gradient = torch.empty(student.shape, dtype=student.dtype)
+        self._run(
+            "from_state", student, teacher, labels, mask, token_weights, num_items, spec, classes,
+            gradient=gradient, state=state, upstream=upstream,
+        )  # fmt: skip
+        return gradient
+
+    def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
+        """The gradient times the upstream one (0-d, or one per row); returns at once where that is 1 and in place."""
+        out = gradient if in_place else torch.empty_like(gradient)
+        classes = gradient.shape[-1]
+        upstream, stride = _upstream(upstream)
+        library = _load(self._path)
+        library.scale(
+            library.variant, gradient.data_ptr(), out.data_ptr(), gradient.numel() // classes, classes,
+            _TYPES[gradient.dtype], upstream.data_ptr(), stride, tuning.CPU.grain, library.parallel_for,
+        )  # fmt: skip
+        return out
+
+    def pointwise(self, name: str, params: tuple[float, ...], lq: Tensor, lp: Tensor) -> tuple[Tensor, Tensor]:
+        """The library's phi and g of a divergence at float64 log-probabilities, for comparison with the table's."""
+        lq, lp = (x.to(torch.float64).contiguous() for x in torch.broadcast_tensors(lq, lp))
+        phi, g = torch.empty_like(lq), torch.empty_like(lq)
+        library = _load(self._path)
+        values = struct.pack("4d", *params, *[0.0] * (4 - len(params)))
+        library.pointwise(
+            library.variant, _divergence_number(self._path, name), values, lq.numel(),
+            lq.data_ptr(), lp.data_ptr(), phi.data_ptr(), g.data_ptr(),
+        )  # fmt: skip
+        return phi, g
+
+    def _run(
+        self, mode, student, teacher, labels, mask, token_weights, num_items, spec, classes, *,
+        gradient=None, state=None, loss=None, stats=None, upstream=None,
+    ) -> None:  # fmt: skip
+        library = _load(self._path)
+        student, teacher, shape, z_strides, v_strides = _common_layout(student.detach(), teacher)
+        rows = student.shape[:-1].numel()
+        # These are [rows] only; the copies live until the library returns.
+        labels = None if labels is None else labels.contiguous()
+        mask = None if mask is None else mask.contiguous()
+        weights = None if token_weights is None else token_weights.detach().to(torch.float64).contiguous()
+        stride = 0
+        if upstream is not None:
+            upstream, stride = _upstream(upstream)
+        call = _CALL.pack(
+            _MODES[mode], rows, classes, student.shape[-1],
+            student.data_ptr(), teacher.data_ptr(), _TYPES[student.dtype], _TYPES[teacher.dtype],
+            student.stride(-1), teacher.stride(-1),
+            len(shape), *_padded(shape), *_padded(z_strides), *_padded(v_strides),
+            _pointer(labels), _pointer(mask), _pointer(weights),
+            -1.0 if num_items is None else float(num_items),
+            _pointer(upstream), stride, _pointer(gradient), _pointer(loss), _pointer(state), _pointer(stats),
+            library.parallel_for,
+        )  # fmt: skip
+        result = library.run(library.variant, _packed_options(self._path, spec), call)
+        if result == _NO_MEMORY:
+            raise MemoryError("kdkernels' CPU library could not allocate its per-thread row buffer")
+        if result != _OK:
+            raise ValueError(
+                f"labels must be in [0, {classes}) or equal ignore_index={spec.ignore_index}, got "
+                f"{int(labels.flatten()[result])} at row {result} of {rows}"
+            )
+
+
+class _Library:
+    """The loaded library, or why there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.missing: str | None = None
+        self.variants: tuple[str, ...] = ()
+        self.variant = 0
+        if not path.exists():
+            self.missing = (
+                f"the C++ library {path.name} is not built: install a C++ compiler and reinstall kdkernels, or install "
+                "a wheel that holds it"
+            )
+            return
+        try:
+            self._bind(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError) as error:
+            self.missing = f"the C++ library {path.name} does not load: {error}"
+
+    def _bind(self, lib: ctypes.CDLL) -> None:
+        i64, ptr = ctypes.c_int64, ctypes.c_void_p
+        lib.kd_abi.restype = i64
+        if (abi := lib.kd_abi()) != _ABI:
+            self.missing = f"the C++ library has interface {abi}, this package wants {_ABI}: reinstall kdkernels"
+            return
+        lib.kd_variant.argtypes, lib.kd_variant.restype = [i64], ctypes.c_char_p
+        lib.kd_divergence.argtypes, lib.kd_divergence.restype = [ctypes.c_char_p], i64
+        lib.kd_run.argtypes, lib.kd_run.restype = [i64, ctypes.c_char_p, ctypes.c_char_p], i64
+        lib.kd_scale.argtypes, lib.kd_scale.restype = [i64, ptr, ptr, i64, i64, i64, ptr, i64, i64, ptr], None
+        lib.kd_pointwise.argtypes = [i64, i64, ctypes.c_char_p, i64, ptr, ptr, ptr, ptr]
+        lib.kd_pointwise.restype = None
+        names = []
+        while (name := lib.kd_variant(len(names))) is not None:
+            names.append(name.decode())
+        self.variants = tuple(names)
+        self.divergence, self.run, self.scale, self.pointwise = (
+            lib.kd_divergence, lib.kd_run, lib.kd_scale, lib.kd_pointwise
+        )  # fmt: skip
+        self.parallel_for = _torch_parallel_for()
+
+
+@lru_cache(maxsize=None)
+def _load(path: Path) -> Any:
+    return _Library(path)
+
+
+def _torch_parallel_for() -> int:
+    """The address of libtorch's `torch_parallel_for` (2.10 and later), or 0: the library then runs serially."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.exists():
+            try:
+                return ctypes.cast(ctypes.CDLL(str(path)).torch_parallel_for, ctypes.c_void_p).value or 0
+            except (OSError, AttributeError):
+                return 0
+    return 0
+
+
+@lru_cache(maxsize=None)
+def _divergence_number(path: Path, name: str) -> int:
+    return _load(path).divergence(name.encode())
+
+
+@lru_cache(maxsize=256)
+def _packed_options(path: Path, spec: LossSpec) -> bytes:
+    params = (*spec.params, *[0.0] * (4 - len(spec.params)))
+    return _OPTIONS.pack(
+        _divergence_number(path, spec.divergence), *params,
+        spec.temperature, spec.soft_weight, spec.t_factor, spec.hard_weight,
+        spec.ignore_index, REDUCTIONS.index(spec.reduction),
+        spec.student_scale, spec.student_softcap, spec.teacher_scale, spec.teacher_softcap,
+        int(spec.stats), tuning.CPU.stream_bytes, tuning.CPU.grain,
+    )  # fmt: skip
+
+
+def _common_layout(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[int], list[int], list[int]]:
+    """Leading dimensions merged where both sides allow it, with each side's strides; a copy where too many remain."""
+    if z.is_contiguous() and v.is_contiguous():
+        return z, v, [z.shape[:-1].numel()], [z.shape[-1]], [v.shape[-1]]
+    shape: list[int] = []
+    z_strides: list[int] = []
+    v_strides: list[int] = []
+    for n, sz, sv in zip(z.shape[:-1], z.stride(), v.stride(), strict=False):
+        if n == 1:
+            continue
+        if shape and z_strides[-1] == n * sz and v_strides[-1] == n * sv:
+            shape[-1] *= n
+            z_strides[-1], v_strides[-1] = sz, sv
+        else:
+            shape.append(n)
+            z_strides.append(sz)
+            v_strides.append(sv)
+    if len(shape) > _MAX_DIMS:
+        return _common_layout(z.contiguous(), v.contiguous())
+    return z, v, shape, z_strides, v_strides
+
+
+def _padded(values: list[int]) -> list[int]:
+    return values + [0] * (_MAX_DIMS - len(values))
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _upstream(upstream: Tensor) -> tuple[Tensor, int]:
+    """Upstream gradients as one value (stride 0) or one contiguous value per row (stride 1)."""
+    if upstream.dim() == 0:
+        return upstream, 0
+    return upstream.contiguous(), 1
+
+
+BACKEND = CpuBackend()

@@ -1,0 +1,33 @@
+"""The harness behind `python -m benchmarks`: timing in interleaved rounds, ceilings, memory, reports.
+
+Needs nothing but torch; rich, where it is installed, draws the progress bars and the tables.
+"""
+
+from .isolated import ProcessDied, run_isolated
+from .memory import Peak, page_faults, peak_growth, raise_malloc_thresholds
+from .report import Progress, environment, markdown_table, print_table, write_json
+from .roofline import gigabytes_per_second, input_sets, tensor_bytes, traffic_bytes, triad
+from .timing import Contestant, Timing, clock_for, race
+
+__all__ = [
+    "Contestant",
+    "Peak",
+    "ProcessDied",
+    "Progress",
+    "Timing",
+    "clock_for",
+    "environment",
+    "gigabytes_per_second",
+    "input_sets",
+    "markdown_table",
+    "page_faults",
+    "peak_growth",
+    "print_table",
+    "race",
+    "raise_malloc_thresholds",
+    "run_isolated",
+    "tensor_bytes",
+    "traffic_bytes",
+    "triad",
+    "write_json",
+]

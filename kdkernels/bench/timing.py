@@ -1,0 +1,182 @@
+"""Timing in interleaved rounds: every contestant once a round, in an order that changes, on inputs that rotate."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .memory import page_faults
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way of doing the work.
+
+    Attributes:
+        name: What the report calls it.
+        run: Does the work once on the input set of the given number. What it returns is dropped inside the timed
+            region, since freeing a gradient is part of every step.
+    """
+
+    name: str
+    run: Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The times of one contestant.
+
+    Attributes:
+        seconds: One for each round.
+        faults: Page faults of the process in each round, or None where they can't be counted.
+    """
+
+    seconds: tuple[float, ...]
+    faults: tuple[int, ...] | None = None
+
+    @property
+    def best(self) -> float:
+        """The shortest time, in seconds."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """The median time, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over median; 0 for a single round."""
+        if len(self.seconds) < 2:
+            return 0.0
+        lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (upper - lower) / self.median
+
+    @property
+    def median_faults(self) -> float | None:
+        """The median number of page faults in a call."""
+        return None if self.faults is None else statistics.median(self.faults)
+
+
+class Clock(Protocol):
+    """Times one call."""
+
+    def measure(self, run: Callable[[int], object], number: int) -> tuple[float, int | None]:
+        """Seconds and page faults of `run(number)`."""
+
+
+class WallClock:
+    """The monotonic clock of the CPU."""
+
+    def measure(self, run: Callable[[int], object], number: int) -> tuple[float, int | None]:
+        """Seconds and page faults of `run(number)`."""
+        before = page_faults()
+        start = time.perf_counter()
+        run(number)
+        seconds = time.perf_counter() - start
+        after = page_faults()
+        return seconds, None if before is None or after is None else after - before
+
+
+class CudaClock:
+    """Device events around the call, with the second-level cache overwritten before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
+
+    def measure(self, run: Callable[[int], object], number: int) -> tuple[float, int | None]:
+        """Device seconds of `run(number)`; page faults mean nothing here."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # The flush also keeps the device busy while the host queues what follows.
+        self.flush.zero_()
+        start.record()
+        run(number)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, None
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock that is right for a device."""
+    return CudaClock(device) if device.type == "cuda" else WallClock()
+
+
+def round_order(count: int, seed: int) -> list[int]:
+    """The order of one round: a permutation that depends on nothing but the two numbers."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def race(
+    contestants: Sequence[Contestant],
+    *,
+    sets: int,
+    clock: Clock,
+    min_rounds: int = 20,
+    min_seconds: float = 0.0,
+    max_rounds: int = 500,
+    warmup: int = 2,
+    on_round: Callable[[int], None] | None = None,
+) -> dict[str, Timing]:
+    """Times contestants against each other, so that a slow spell of the machine falls on all of them.
+
+    A round runs each contestant once, in an order shuffled anew, and every call takes the next input set, so that a
+    set comes back only after all the others were read. Python's garbage collector rests meanwhile.
+
+    Args:
+        contestants: What to time; names must differ.
+        sets: Number of input sets; calls are given 0 to `sets - 1` in turn.
+        clock: `clock_for(device)`.
+        min_rounds: Rounds at least.
+        min_seconds: Goes on until this long has passed, for work so short that `min_rounds` says little.
+        max_rounds: Rounds at most.
+        warmup: Untimed rounds before the first.
+        on_round: Called with the number of each finished round.
+
+    Returns:
+        The `Timing` of each contestant by name.
+
+    Raises:
+        ValueError: Two contestants share a name, or there are no input sets.
+    """
+    names = [c.name for c in contestants]
+    if len(set(names)) != len(names):
+        raise ValueError(f"contestants must have different names, got {names}")
+    if sets < 1:
+        raise ValueError(f"sets must be >= 1, got {sets}")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    faults: dict[str, list[int]] = {name: [] for name in names}
+    turn = 0
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for number in range(-warmup, max_rounds):
+            if number == 0:
+                started = time.perf_counter()
+            if number >= min_rounds and time.perf_counter() - started >= min_seconds:
+                break
+            for index in round_order(len(contestants), number + warmup):
+                elapsed, faulted = clock.measure(contestants[index].run, turn % sets)
+                turn += 1
+                if number >= 0:
+                    seconds[names[index]].append(elapsed)
+                    if faulted is not None:
+                        faults[names[index]].append(faulted)
+            if number >= 0 and on_round is not None:
+                on_round(number)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return {name: Timing(tuple(seconds[name]), tuple(faults[name]) or None) for name in names}

@@ -1,0 +1,392 @@
+"""`kd_loss`: the one call, its validation and its documentation."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, registry
+from .autograd import run_fused
+from .divergences import Parametrised
+from .sources import Logits, unwrap
+from .spec import LossSpec, make_spec
+
+Source = Tensor | Logits
+Reduction = Literal["mean", "sum", "none"]
+BackendName = Literal["reference", "cpu", "triton", "cuda"]
+
+_LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True)
+class KDStats:
+    """Detached figures of one call, from the same pass as the loss; every field is a 0-d tensor on the logits' device.
+
+    Attributes:
+        soft: The soft term before `soft_weight`, T² included, reduced as the loss is (a mean for `reduction="none"`),
+            without token weights; so loss = soft_weight · soft + hard_weight · hard where there are none.
+        hard: The hard term before `hard_weight`, likewise; 0 without labels.
+        student_entropy: Entropy of the student at temperature T, in nats, mean over counted rows.
+        teacher_entropy: Entropy of the teacher at temperature T, in nats, mean over counted rows.
+        agreement: Fraction of counted rows on which student and teacher have the same most probable class.
+        accuracy: Fraction of counted and labelled rows whose label is the student's most probable class; 0 if none.
+        counted: Number of rows that count.
+    """
+
+    soft: Tensor
+    hard: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+    accuracy: Tensor
+    counted: Tensor
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would run a call, and why each other one would not.
+
+    Attributes:
+        backend: The backend that would run.
+        reasons: For every backend, why it can't run this call, or None where it can.
+    """
+
+    backend: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}"]
+        for name, why in self.reasons.items():
+            lines.append(f"  {name}: {why or ('runs' if name == self.backend else 'could run')}")
+        return "\n".join(lines)
+
+
+class _Call(NamedTuple):
+    """A checked call: raw logits, row tensors, and everything else."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor | None
+    mask: Tensor | None
+    token_weights: Tensor | None
+    num_items: Tensor | float | None
+    spec: LossSpec
+    classes: int
+
+
+def kd_loss(
+    student: Source,
+    teacher: Source,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Parametrised = "forward_kl",
+    temperature: float = 1.0,
+    t_squared: bool = True,
+    soft_weight: float = 1.0,
+    hard_weight: float | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+    token_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    pad_vocab: bool = False,
+    teacher_requires_grad: Literal["error", "ignore"] = "error",
+    backend: BackendName | None = None,
+) -> Tensor:
+    """Distillation loss of student logits against teacher logits and labels, with its gradient, in one pass.
+
+    Formula: per row, soft_weight · T² · D(p, q) + hard_weight · CE(label, softmax(z)), with q = softmax(z/T) the
+    student, p = softmax(v/T) the teacher, in nats; D by `divergence`: `forward_kl` KL(p‖q), `soft_cross_entropy`
+    H(p, q) (Hinton's form, the same gradient), `reverse_kl` KL(q‖p), `kd.JSD(beta)`. The hard term is taken at T = 1.
+    T here softens both distributions in the loss; it is not a sampling temperature.
+
+    Gradient: with respect to the student's raw logits only. For forward KL, T·(q − p) · soft_weight per row, plus
+    hard_weight · (softmax(z) − onehot), times the row's weight (1/rows for a mean); through scale and softcap where
+    the source has them. Computed in float32 (float64 for float64 logits) and rounded once to the logits' dtype.
+    Fused backends write the gradient in the forward pass, so that neither logits tensor is kept for backward
+    (float16 excepted: there the loss scale must come before the rounding, and backward recomputes).
+
+    Args:
+        student: Logits `[..., V]`, or `kd.Logits` for logits with a scale or softcap. Any leading shape and strides;
+            float32, float64, bfloat16 or float16.
+        teacher: Logits of the same shape, likewise; its dtype and strides may differ. It receives no gradient.
+        labels: Integer class of each row, `[...]`. Never shifted here: `kd.shift_labels` does that for a causal LM.
+        divergence: A string or an object such as `kd.JSD(beta=0.5)`.
+        temperature: T > 0.
+        t_squared: Multiply the soft term (and so its gradient) by T², which keeps the gradient's size about the same
+            at every T.
+        soft_weight: Weight of the soft term.
+        hard_weight: Weight of the hard term; None means 0.
+        mask: Which rows count, bool `[...]`. Default: `labels != ignore_index` where labels are given, else all.
+            Rows outside have exactly 0 loss and gradient, whatever they hold.
+        ignore_index: The label of rows without one. Inside an explicit mask such a row keeps its soft term.
+        token_weights: Weight of each row, float `[...]`. They never enter the denominator.
+        reduction: `mean` divides the sum over rows by the number of counted rows, or by `num_items`; `sum` doesn't
+            divide; `none` gives the loss of each row, `[...]`.
+        num_items: The denominator of `mean`, a number or a 0-d tensor: the count over all accumulation steps and
+            processes (where a framework averages gradients over W ranks, pass the global count / W).
+        pad_vocab: Allow unequal vocabularies: classes beyond the smaller V leave both softmaxes, with gradient 0.
+        teacher_requires_grad: A teacher that requires grad is an error, unless this says `"ignore"`.
+        backend: `"reference"`, `"cpu"`, or None to pick by device. A named backend that can't run is an error.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits): 0-d, or `[...]` for `reduction="none"`. With no counted rows
+        it is 0, with zero gradients.
+
+    Raises:
+        TypeError: An argument of the wrong type, such as integer logits.
+        ValueError: A shape, device or option that doesn't fit; on a CPU, a label out of range.
+        RuntimeError: A named backend that can't run here.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2 (soft targets and T²).
+
+    Example:
+        >>> z, v = torch.randn(4, 32000, requires_grad=True), torch.randn(4, 32000)
+        >>> kd_loss(z, v, temperature=2.0).backward()
+    """
+    loss, _ = _run(
+        student, teacher, labels, divergence, temperature, t_squared, soft_weight, hard_weight, mask, ignore_index,
+        token_weights, reduction, num_items, pad_vocab, teacher_requires_grad, backend, False,
+    )  # fmt: skip
+    return loss
+
+
+def kd_loss_with_stats(
+    student: Source, teacher: Source, labels: Tensor | None = None, **options: Any
+) -> tuple[Tensor, KDStats]:
+    """`kd_loss`, and detached figures from the same pass.
+
+    Args:
+        student: As `kd_loss` takes it.
+        teacher: As `kd_loss` takes it.
+        labels: As `kd_loss` takes them.
+        **options: The keyword arguments of `kd_loss`.
+
+    Returns:
+        The loss, and its `KDStats`.
+
+    Raises:
+        TypeError: As `kd_loss`, and for an unknown option.
+        ValueError: As `kd_loss`.
+        RuntimeError: As `kd_loss`.
+    """
+    loss, stats = _run(student, teacher, labels, **{**_DEFAULTS, **_known(options)}, stats=True)
+    assert stats is not None
+    return loss, KDStats(*stats.unbind())
+
+
+def explain(student: Source, teacher: Source, labels: Tensor | None = None, **options: Any) -> Explanation:
+    """Which backend `kd_loss` would choose for the same arguments, and why each other one would not run.
+
+    Args:
+        student: As `kd_loss` takes it.
+        teacher: As `kd_loss` takes it.
+        labels: As `kd_loss` takes them.
+        **options: The keyword arguments of `kd_loss`.
+
+    Returns:
+        An `Explanation`; printing it gives a line for each backend.
+
+    Raises:
+        TypeError: As `kd_loss`, and for an unknown option.
+        ValueError: As `kd_loss`.
+        RuntimeError: A named backend that can't run here.
+    """
+    options = {**_DEFAULTS, **_known(options)}
+    name = options.pop("backend")
+    call = _check(student, teacher, labels, **options, stats=False)
+    chosen = registry.choose(name, call.spec, call.student, call.teacher)
+    reasons = {b.name: registry.reason(b, call.spec, call.student, call.teacher) for b in registry.BACKENDS.values()}
+    return Explanation(chosen.name, reasons)
+
+
+def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels of a causal LM moved one place left, so that row t's label is token t + 1 and logits are never sliced.
+
+    Args:
+        labels: Token ids, `[..., S]`.
+        ignore_index: What the last place is filled with.
+
+    Returns:
+        `[..., S]`: `labels[..., 1:]`, then `ignore_index`.
+
+    Raises:
+        ValueError: `labels` has no dimension.
+    """
+    if labels.dim() == 0:
+        raise ValueError("labels must have shape [..., S], got a 0-d tensor")
+    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index) if labels.shape[-1] else labels
+
+
+_DEFAULTS: dict[str, Any] = {
+    p.name: p.default for p in inspect.signature(kd_loss).parameters.values() if p.kind is p.KEYWORD_ONLY
+}
+_PER_CALL = ("mask", "token_weights", "num_items")
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    for name in options:
+        if name not in _DEFAULTS:
+            raise TypeError(f"kd_loss has no option {name!r}; it has {', '.join(_DEFAULTS)}")
+    return options
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises on an option that `kd_loss` would refuse, or that is given per call."""
+    for name in _PER_CALL:
+        if name in options:
+            raise TypeError(f"{name} is given to each call of the module, not to its constructor")
+    o = {**_DEFAULTS, **_known(options)}
+    _spec(o, (1.0, None), (1.0, None), False)
+    _check_choice("teacher_requires_grad", o["teacher_requires_grad"], ("error", "ignore"))
+    if o["backend"] is not None:
+        _check_choice("backend", o["backend"], tuple(registry.BACKENDS))
+
+
+def _spec(o: dict[str, Any], student: tuple, teacher: tuple, stats: bool) -> LossSpec:
+    return make_spec(
+        o["divergence"], o["temperature"], o["t_squared"], o["soft_weight"], o["hard_weight"], o["ignore_index"],
+        o["reduction"], student, teacher, stats,
+    )  # fmt: skip
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _run(
+    student, teacher, labels, divergence, temperature, t_squared, soft_weight, hard_weight, mask, ignore_index,
+    token_weights, reduction, num_items, pad_vocab, teacher_requires_grad, backend, stats,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    call = _check(
+        student, teacher, labels, divergence, temperature, t_squared, soft_weight, hard_weight, mask, ignore_index,
+        token_weights, reduction, num_items, pad_vocab, teacher_requires_grad, stats,
+    )  # fmt: skip
+    chosen = registry.choose(backend, call.spec, call.student, call.teacher)
+    if chosen.name == "reference":
+        return reference.kd_loss(*call)
+    return run_fused(chosen, *call)
+
+
+def _check(
+    student, teacher, labels, divergence, temperature, t_squared, soft_weight, hard_weight, mask, ignore_index,
+    token_weights, reduction, num_items, pad_vocab, teacher_requires_grad, stats,
+) -> _Call:  # fmt: skip
+    z, z_options = unwrap("student", student)
+    v, v_options = unwrap("teacher", teacher)
+    try:
+        spec = make_spec(
+            divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction,
+            z_options, v_options, stats,
+        )  # fmt: skip
+    except TypeError as error:
+        raise _unhashable(error, locals()) from None
+    if z.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"teacher must have the student's leading shape {tuple(z.shape[:-1])}, got {tuple(v.shape[:-1])} "
+            f"(student {tuple(z.shape)}, teacher {tuple(v.shape)}); expand or slice one of them"
+        )
+    classes = z.shape[-1]
+    if v.shape[-1] != classes:
+        if not pad_vocab:
+            raise ValueError(
+                f"student and teacher must have the same vocabulary, got V = {classes} and V = {v.shape[-1]}: if the "
+                "tokenizers agree on the shared ids and the rest is padding, pass pad_vocab=True (classes beyond the "
+                "smaller V leave both softmaxes) or slice the larger one; else the two don't speak of the same classes"
+            )
+        classes = min(classes, v.shape[-1])
+    if v.device != z.device:
+        raise ValueError(f"teacher must be on the student's device {z.device}, got {v.device}; move it with .to")
+    if v.requires_grad:
+        _check_choice("teacher_requires_grad", teacher_requires_grad, ("error", "ignore"))
+        if teacher_requires_grad == "error" and torch.is_grad_enabled():
+            raise ValueError(
+                "teacher requires grad, and kd_loss gives it none: compute it under torch.no_grad() or pass "
+                "teacher.detach(); to train both, call kd_loss once for each with the other one detached; "
+                "teacher_requires_grad='ignore' detaches it here"
+            )
+        v = v.detach()
+    if labels is not None:
+        labels = _check_labels(labels, z)
+    if mask is not None:
+        _check_rows("mask", mask, z)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor (True: the row counts), got {mask.dtype}; use mask.bool()")
+    if token_weights is not None:
+        _check_rows("token_weights", token_weights, z)
+        if not token_weights.dtype.is_floating_point:
+            raise TypeError(f"token_weights must be a float tensor, got {token_weights.dtype}")
+        if token_weights.requires_grad and torch.is_grad_enabled():
+            raise ValueError("token_weights require grad, and kd_loss gives them none; pass token_weights.detach()")
+    if num_items is not None:
+        _check_num_items(num_items, reduction)
+    if hard_weight is None:
+        if labels is not None:
+            _warn_unused_labels()
+    elif spec.hard_weight != 0 and labels is None:
+        raise ValueError(f"labels must be given with hard_weight={hard_weight}, got None")
+    return _Call(z, v, labels, mask, token_weights, num_items, spec, classes)
+
+
+def _unhashable(error: TypeError, given: dict[str, Any]) -> TypeError:
+    for name in ("temperature", "soft_weight", "hard_weight"):
+        if isinstance(given[name], Tensor):
+            return TypeError(f"{name} must be a Python number, got a Tensor; use float({name})")
+    return error
+
+
+def _check_rows(name: str, rows: Any, z: Tensor) -> None:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(rows).__name__}")
+    if rows.shape != z.shape[:-1]:
+        raise ValueError(
+            f"{name} must have one entry for each row, shape {tuple(z.shape[:-1])} for a student of shape "
+            f"{tuple(z.shape)}, got {tuple(rows.shape)}"
+        )
+    if rows.device != z.device:
+        raise ValueError(f"{name} must be on the logits' device {z.device}, got {rows.device}; move it with .to")
+
+
+def _check_labels(labels: Any, z: Tensor) -> Tensor:
+    _check_rows("labels", labels, z)
+    if labels.dtype is torch.int64:
+        return labels
+    if labels.dtype not in _LABEL_DTYPES:
+        raise TypeError(f"labels must be integer class ids, got {labels.dtype}")
+    return labels.long()
+
+
+def _check_num_items(num_items: Any, reduction: str) -> None:
+    if reduction != "mean":
+        raise ValueError(f"num_items is the denominator of reduction='mean', got reduction={reduction!r}; drop one")
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+        if num_items.requires_grad:
+            raise ValueError("num_items must not require grad; pass num_items.detach()")
+    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
+        raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
+    elif not (math.isfinite(num_items) and num_items >= 0):
+        raise ValueError(f"num_items must be finite and >= 0, got {num_items}")
+
+
+_warned_unused_labels = False
+
+
+def _warn_unused_labels() -> None:
+    global _warned_unused_labels
+    if not _warned_unused_labels:
+        _warned_unused_labels = True
+        warnings.warn(
+            "labels are given and hard_weight is None: they choose which rows count and there is no hard term. "
+            "Pass hard_weight=0.0 if that is meant, or a weight",
+            UserWarning,
+            stacklevel=5,
+        )

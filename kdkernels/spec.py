@@ -1,0 +1,83 @@
+"""What a call computes, apart from its tensors: one frozen, hashable record, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .divergences import Parametrised, resolve
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """Every option of the loss that is not a tensor.
+
+    `t_factor` is T², or 1 without `t_squared`. A softcap of 0 means none.
+    """
+
+    divergence: str
+    params: tuple[float, ...]
+    temperature: float
+    t_factor: float
+    soft_weight: float
+    hard_weight: float
+    ignore_index: int
+    reduction: str
+    student_scale: float
+    student_softcap: float
+    teacher_scale: float
+    teacher_softcap: float
+    stats: bool
+
+
+def _finite(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+# A training loop asks for the same record at every step; a schedule of temperatures asks for many, once each.
+@lru_cache(maxsize=256, typed=True)
+def make_spec(
+    divergence: str | Parametrised,
+    temperature: float,
+    t_squared: bool,
+    soft_weight: float,
+    hard_weight: float | None,
+    ignore_index: int,
+    reduction: str,
+    student: tuple[float, float | None],
+    teacher: tuple[float, float | None],
+    stats: bool,
+) -> LossSpec:
+    """The record of a call's options; raises on a bad one, by name."""
+    name, params = resolve(divergence)
+    T = _finite("temperature", temperature)
+    if T <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    soft = _finite("soft_weight", soft_weight)
+    hard = 0.0 if hard_weight is None else _finite("hard_weight", hard_weight)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    return LossSpec(
+        divergence=name,
+        params=params,
+        temperature=T,
+        t_factor=T * T if t_squared else 1.0,
+        soft_weight=soft,
+        hard_weight=hard,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        student_scale=float(student[0]),
+        student_softcap=float(student[1] or 0.0),
+        teacher_scale=float(teacher[0]),
+        teacher_softcap=float(teacher[1] or 0.0),
+        stats=stats,
+    )

@@ -1,0 +1,84 @@
+"""Suite-wide: uninitialised memory is NaN, two threads, backends that must be there, GPU tests skipped with their reason."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+import kdkernels as kd
+
+# The same examples on every machine and in every run; `--hypothesis-profile explore` looks for new ones.
+COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("kdkernels", settings(max_examples=60, derandomize=True, print_blob=True, **COMMON))
+settings.register_profile("explore", settings(max_examples=2000, derandomize=False, print_blob=True, **COMMON))
+settings.load_profile("kdkernels")
+
+torch.set_num_threads(2)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the suite's markers."""
+    config.addinivalue_line("markers", "gpu: needs an accelerator")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False on this machine"))
+
+
+def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same allocator, whose floating-point memory starts as NaN, so that an output nobody wrote fails its test."""
+
+    @functools.wraps(allocate)
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        memory = allocate(*args, **kwargs)
+        if memory.is_floating_point() and memory.device.type != "meta":
+            with torch.no_grad():
+                memory.fill_(torch.nan)
+        return memory
+
+    return wrapper
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poison_uninitialised_memory() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
+        yield
+
+
+@functools.cache
+def why_not(backend: str) -> str | None:
+    """Why a backend can't run here, in its own words; None if it can."""
+    logits = torch.zeros(1, 2)
+    return kd.explain(logits, logits).reasons[backend]
+
+
+@pytest.fixture(scope="session", params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of this machine. The C++ one may be missing only where nothing could have built it."""
+    reason = why_not(request.param)
+    if reason is not None:
+        if request.param == "cpu" and shutil.which("g++") is None:
+            pytest.skip(f"no g++ to build it: {reason}")
+        pytest.fail(f"backend {request.param!r} can't run here: {reason}")
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20240229)

@@ -1,0 +1,294 @@
+"""What each bad input says: the argument, what it got, what to do. All of it before any backend runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+
+N, V = 3, 7
+
+
+@pytest.fixture
+def z() -> Tensor:
+    """Student logits."""
+    return torch.randn(N, V)
+
+
+@pytest.fixture
+def v() -> Tensor:
+    """Teacher logits."""
+    return torch.randn(N, V)
+
+
+def says(*parts: str) -> str:
+    """A pattern that holds every part, in any order, over any number of lines."""
+    return "(?si)" + "".join(f"(?=.*{part})" for part in parts)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("shape", [(N + 1, V), (V,), (1, V), (N, 1, V), (1, N, V)], ids=str)
+def test_rows_that_do_not_match(z: Tensor, backend: str, shape: tuple[int, ...]) -> None:
+    """Broadcasting by accident is a (B, B, V) loss; by intention it is `expand`."""
+    with pytest.raises(ValueError, match=says("teacher", rf"{N}, {V}", ", ".join(map(str, shape)))):
+        kd.kd_loss(z, torch.randn(shape), backend=backend)
+
+
+def test_logits_without_a_vocabulary(backend: str) -> None:
+    """A scalar has no classes."""
+    with pytest.raises(ValueError, match=says("student", r"\[\.\.\., V\]|last dim|dimension")):
+        kd.kd_loss(torch.tensor(1.0), torch.tensor(1.0), backend=backend)
+
+
+@pytest.mark.parametrize("teacher", [V - 1, V + 2])
+def test_unequal_vocabularies(z: Tensor, backend: str, teacher: int) -> None:
+    """Both sizes and the remedies."""
+    with pytest.raises(ValueError, match=says(rf"\b{V}\b", rf"\b{teacher}\b", "pad_vocab=True", "student", "teacher")):
+        kd.kd_loss(z, torch.randn(N, teacher), backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(N + 1,), (N, V), (N, 1), (), (1,)], ids=str)
+@pytest.mark.parametrize("name", ["labels", "mask", "token_weights"])
+def test_small_tensors_of_the_wrong_shape(z: Tensor, v: Tensor, backend: str, name: str, shape: tuple[int, ...]) -> None:
+    """(N, 1) labels would broadcast into something else."""
+    dtype = {"labels": torch.int64, "mask": torch.bool, "token_weights": torch.float32}[name]
+    words: dict[str, Any] = {name: torch.ones(shape).to(dtype), "hard_weight": 0.5 if name == "labels" else 0.0}
+    with pytest.raises(ValueError, match=says(name, rf"\b{N}\b", r"\(" + ", ".join(map(str, shape)))):
+        kd.kd_loss(z, v, backend=backend, **words)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), -float("inf")])
+def test_temperature(z: Tensor, v: Tensor, backend: str, value: float) -> None:
+    """Zero divides, a negative one turns the distribution over, an infinite one erases it."""
+    with pytest.raises(ValueError, match=says("temperature", "> 0", str(value))):
+        kd.kd_loss(z, v, temperature=value, backend=backend)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0, 1, -0.1, 1.5, float("nan"), float("inf")])
+def test_beta(beta: float) -> None:
+    """At 0 and 1 the JSD is 0 everywhere: the message names what was meant."""
+    with pytest.raises(ValueError, match=says("beta", "forward_kl", "reverse_kl", r"kd\.gkd", str(beta))):
+        kd.JSD(beta)
+
+
+@pytest.mark.parametrize("name", ["soft_weight", "hard_weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_are_finite(z: Tensor, v: Tensor, backend: str, name: str, value: float) -> None:
+    """A weight from a broken schedule is refused here, not found in the loss curve."""
+    with pytest.raises(ValueError, match=says(name, str(value))):
+        kd.kd_loss(z, v, torch.ones(N).long(), backend=backend, **{"hard_weight": 0.5, name: value})  # type: ignore[arg-type]
+
+
+def test_hard_weight_without_labels(z: Tensor, v: Tensor, backend: str) -> None:
+    """The term that was asked for can't be computed, so it isn't silently dropped."""
+    with pytest.raises(ValueError, match=says("hard_weight", "labels", "0.5")):
+        kd.kd_loss(z, v, hard_weight=0.5, backend=backend)
+    kd.kd_loss(z, v, hard_weight=0.0, backend=backend)
+
+
+@pytest.mark.parametrize("value", [-1, -2.5, float("nan")])
+def test_num_items(z: Tensor, v: Tensor, backend: str, value: float) -> None:
+    """A count is not negative."""
+    with pytest.raises(ValueError, match=says("num_items", str(value))):
+        kd.kd_loss(z, v, num_items=value, backend=backend)
+
+
+@pytest.mark.parametrize("value", ["7", [7], None, torch.ones(2)], ids=str)
+def test_num_items_of_the_wrong_kind(z: Tensor, v: Tensor, backend: str, value: Any) -> None:
+    """A number or a 0-d tensor; None is this batch's own count."""
+    if value is None:
+        assert torch.equal(kd.kd_loss(z, v, num_items=None, backend=backend), kd.kd_loss(z, v, backend=backend))
+        return
+    with pytest.raises((TypeError, ValueError), match=says("num_items")):
+        kd.kd_loss(z, v, num_items=value, backend=backend)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("bad", [V, V + 100, -1, -99])
+def test_labels_out_of_range(z: Tensor, v: Tensor, backend: str, bad: int) -> None:
+    """The label, and the range it missed."""
+    labels = torch.tensor([0, bad, -100])
+    with pytest.raises(ValueError, match=says("label", rf"(?<!\d){bad}\b", rf"\b({V}|{V - 1})\b")):
+        kd.kd_loss(z, v, labels, hard_weight=0.5, backend=backend)
+
+
+def test_minus_100_is_out_of_range_under_another_ignore_index(z: Tensor, v: Tensor, backend: str) -> None:
+    """Then it is a label like any other, and no class."""
+    with pytest.raises(ValueError, match=says("label", "-100", "ignore_index")):
+        kd.kd_loss(z, v, torch.tensor([0, -100, 1]), hard_weight=0.5, ignore_index=-1, backend=backend)
+
+
+def test_a_label_in_the_padding(backend: str) -> None:
+    """`pad_vocab` drops the classes that only one side has; a label there has no probability."""
+    z, v = torch.randn(N, V + 2), torch.randn(N, V)
+    with pytest.raises(ValueError, match=says("label", rf"\b{V + 1}\b")):
+        kd.kd_loss(z, v, torch.tensor([0, V + 1, 1]), hard_weight=0.5, pad_vocab=True, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.bfloat16], ids=str)
+def test_labels_of_the_wrong_dtype(z: Tensor, v: Tensor, backend: str, dtype: torch.dtype) -> None:
+    """Float labels are probabilities elsewhere; a bool is a mask."""
+    with pytest.raises(TypeError, match=says("labels", str(dtype).removeprefix("torch."), "int64|integer")):
+        kd.kd_loss(z, v, torch.ones(N).to(dtype), hard_weight=0.5, backend=backend)
+
+
+# Kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_logits_of_the_wrong_dtype(z: Tensor, v: Tensor, backend: str, side: str, dtype: torch.dtype) -> None:
+    """Token ids where logits belong."""
+    sides = {"student": z, "teacher": v, side: torch.ones(N, V).to(dtype)}
+    with pytest.raises(TypeError, match=says(side, str(dtype).removeprefix("torch."))):
+        kd.kd_loss(**sides, backend=backend)
+
+
+SOURCES = {"list": [[0.0] * V] * N, "ndarray": np.zeros((N, V), np.float32), "str": "logits", "NoneType": None, "dict": {}}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_source_of_the_wrong_kind(z: Tensor, v: Tensor, backend: str, side: str, kind: str) -> None:
+    """What it got, and which sources there are."""
+    sides: dict[str, Any] = {"student": z, "teacher": v, side: SOURCES[kind]}
+    with pytest.raises(TypeError, match=says(side, kind, "Tensor", "Logits")):
+        kd.kd_loss(**sides, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8], ids=str)
+def test_mask_of_the_wrong_dtype(z: Tensor, v: Tensor, backend: str, dtype: torch.dtype) -> None:
+    """An attention mask is int64; as an index it would pick rows 0 and 1."""
+    with pytest.raises(TypeError, match=says("mask", "bool", str(dtype).removeprefix("torch."))):
+        kd.kd_loss(z, v, mask=torch.ones(N).to(dtype), backend=backend)
+
+
+@pytest.mark.parametrize("name", ["labels", "mask", "token_weights"])
+def test_lists_where_tensors_belong(z: Tensor, v: Tensor, backend: str, name: str) -> None:
+    """Named, with its type."""
+    words: dict[str, Any] = {name: [1, 1, 1]}
+    with pytest.raises(TypeError, match=says(name, "list", "tensor")):
+        kd.kd_loss(z, v, backend=backend, **words)
+
+
+@pytest.mark.parametrize("name", ["temperature", "soft_weight", "hard_weight"])
+@pytest.mark.parametrize("value", ["2.0", [2.0]], ids=str)
+def test_numbers_of_the_wrong_kind(z: Tensor, v: Tensor, backend: str, name: str, value: Any) -> None:
+    """A string out of a YAML file."""
+    with pytest.raises(TypeError, match=says(name, type(value).__name__)):
+        kd.kd_loss(z, v, torch.ones(N).long(), backend=backend, **{"hard_weight": 0.5, name: value})
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "offered"),
+    [
+        ("divergence", "kl", ["forward_kl", "reverse_kl", "soft_cross_entropy", "JSD"]),
+        ("reduction", "batchmean", ["mean", "sum", "none"]),
+        ("backend", "gpu", ["reference", "cpu"]),
+        ("teacher_requires_grad", "yes", ["error", "ignore"]),
+    ],
+)
+def test_unknown_names(z: Tensor, v: Tensor, name: str, value: str, offered: list[str]) -> None:
+    """What there is instead."""
+    words: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=says(name, value, *offered)):
+        kd.kd_loss(z, v, **words)
+
+
+@pytest.mark.parametrize("value", [0.5, None, ("jsd", 0.5), torch.nn.KLDivLoss()], ids=str)
+def test_divergence_of_the_wrong_kind(z: Tensor, v: Tensor, value: Any) -> None:
+    """A bare beta is not a divergence."""
+    with pytest.raises(TypeError, match=says("divergence", type(value).__name__, "JSD")):
+        kd.kd_loss(z, v, divergence=value)
+
+
+def test_an_unknown_option(z: Tensor, v: Tensor) -> None:
+    """As Python says it, of the function and of the module, at once."""
+    with pytest.raises(TypeError, match="temprature"):
+        kd.kd_loss(z, v, temprature=2.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="temprature"):
+        kd.KDLoss(temprature=2.0)
+    with pytest.raises(ValueError, match=says("temperature", "> 0", "-1")):
+        kd.KDLoss(temperature=-1.0)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_an_unavailable_backend(z: Tensor, v: Tensor, name: str) -> None:
+    """A named backend that can't run is an error with its reason, never a silent fallback."""
+    reason = kd.explain(z, v).reasons[name]
+    assert reason is not None
+    with pytest.raises(RuntimeError) as error:
+        kd.kd_loss(z, v, backend=name)
+    assert name in str(error.value) and reason in str(error.value)
+
+
+# Devices
+
+
+@pytest.mark.parametrize("name", ["teacher", "labels", "mask", "token_weights"])
+def test_different_devices(z: Tensor, v: Tensor, backend: str, name: str) -> None:
+    """Which one is where."""
+    given: dict[str, Any] = {"student": z, "teacher": v, "hard_weight": 0.5, "labels": torch.ones(N).long()}
+    given["mask"], given["token_weights"] = torch.ones(N).bool(), torch.ones(N)
+    given[name] = given[name].to("meta")
+    with pytest.raises(ValueError, match=says(name, "meta", "cpu")):
+        kd.kd_loss(**given, backend=backend)
+
+
+def test_the_cpu_backend_refuses_other_devices(z: Tensor, v: Tensor) -> None:
+    """It would read a device's address as its own memory."""
+    with pytest.raises(RuntimeError, match=says("cpu", "meta")):
+        kd.kd_loss(z.to("meta"), v.to("meta"), backend="cpu")
+
+
+# Warnings
+
+WARN = """
+import warnings, torch, kdkernels as kd
+z = torch.randn(3, 7)
+labels = torch.tensor([1, -100, 2])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        kd.kd_loss(z, z, labels, backend={backend!r})
+        kd.kd_loss(z + 1, z, labels, temperature=2.0, backend={backend!r})
+for w in caught:
+    print(w.category.__name__, "|", w.filename.endswith("<string>"), "|", w.message)
+"""
+
+
+def test_labels_that_nothing_uses_warn_once_per_process(backend: str) -> None:
+    """Someone who passes labels expects a hard term: told once, at their own line, and not once per step."""
+    run = subprocess.run([sys.executable, "-c", WARN.format(backend=backend)], capture_output=True, text=True, check=True)
+    lines = run.stdout.strip().splitlines()
+    assert len(lines) == 1, run.stdout
+    category, _, message = (part.strip() for part in lines[0].split("|", 2))
+    assert category == "UserWarning" and "hard_weight" in message and "labels" in message
+
+
+def test_no_warning_where_labels_are_used(z: Tensor, v: Tensor, backend: str) -> None:
+    """hard_weight=0.0 says that it is meant; so does a hard term, or no labels."""
+    labels = torch.tensor([1, -100, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kd.kd_loss(z, v, labels, hard_weight=0.0, backend=backend)
+        kd.kd_loss(z, v, labels, hard_weight=0.5, backend=backend)
+        kd.kd_loss(z, v, mask=labels != -100, backend=backend)

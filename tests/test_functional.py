@@ -1,0 +1,302 @@
+"""`kd_loss` against the fp64 truth: backend x divergence x dtype x vocabulary, and the calls around it."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+from tolerances import DIVERGENCES, DTYPES, check, eager_result, keywords, our_loss, our_result
+from torch import Tensor
+from truth import Options, truth
+
+import kdkernels as kd
+
+V_LARGE = 128_256  # Llama 3's vocabulary
+
+
+def pair(*shape: int, dtype: torch.dtype = torch.float32, std: float = 3.0) -> tuple[Tensor, Tensor]:
+    """Student and teacher logits."""
+    return (std * torch.randn(*shape)).to(dtype), (std * torch.randn(*shape)).to(dtype)
+
+
+def labelled(rows: tuple[int, ...], vocab: int, ignored: float = 0.3) -> Tensor:
+    """Labels, some of them -100."""
+    return torch.randint(vocab, rows).masked_fill(torch.rand(rows) < ignored, -100)
+
+
+def assert_close_fp64(ours: Tensor, theirs: Tensor) -> None:
+    """Equal but for fp64 rounding."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+OPTIONS = (
+    Options(),
+    Options(temperature=2.0, hard_weight=0.25),
+    Options(temperature=0.7, t_squared=False, soft_weight=0.3, reduction="sum"),
+    Options(student_scale=0.5, student_softcap=6.0, teacher_scale=1.5, hard_weight=1.0, reduction="none"),
+    Options(teacher_softcap=4.0, temperature=3.0, num_items=17, student_scale=1.25),
+)
+
+
+@pytest.mark.parametrize("o", OPTIONS, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_truth_is_what_autograd_says(divergence: str | float, o: Options) -> None:
+    """The closed forms in truth.py and autograd of the eager loss share no formula; in fp64 they agree."""
+    o = o.but(divergence=divergence)
+    z, v = pair(5, 23, dtype=torch.float64)
+    labels = labelled((5,), 23)
+    loss, grad = eager_result(z, v, labels, o, None)
+    exact = truth(z, v, labels, o)
+    torch.testing.assert_close(exact.loss, loss, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(exact.grad, grad, rtol=1e-11, atol=1e-14)
+
+
+def test_uninitialised_memory_is_nan() -> None:
+    """Without this, an output that nobody wrote could pass by luck."""
+    for memory in (torch.empty(3), torch.empty_like(torch.ones(3)), torch.ones(1).new_empty(3)):
+        assert memory.isnan().all()
+
+
+@pytest.mark.parametrize("o", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_parity(backend: str, divergence: str | float, dtype: torch.dtype, o: Options) -> None:
+    """Eager and fused drift apart where only the default options are compared; here every one takes part."""
+    check(*pair(3, 5, 131, dtype=dtype), labelled((3, 5), 131), o.but(divergence=divergence), backend=backend)
+
+
+MIXED = [
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float64, torch.float32),
+    (torch.float32, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("student", "teacher"), MIXED, ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_student_and_teacher_of_different_dtypes(
+    backend: str, divergence: str | float, student: torch.dtype, teacher: torch.dtype
+) -> None:
+    """An fp32 teacher beside a bf16 student is neither rounded to bf16 nor read as bf16."""
+    z, v = pair(7, 50)
+    o = Options(divergence, temperature=1.5, hard_weight=0.5)
+    check(z.to(student), v.to(teacher), labelled((7,), 50), o, backend=backend)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 255, 1000, 1023, 4097])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", 0.5])
+def test_vocabularies_around_every_vector_width(backend: str, divergence: str | float, vocab: int) -> None:
+    """Lanes are 8, 16 or 32 wide and unrolled: each tail and each exact multiple. V = 1 has loss and gradient 0."""
+    for dtype in (torch.float32, torch.bfloat16):
+        o = Options(divergence, temperature=2.0, hard_weight=0.5, reduction="none")
+        z, v = pair(3, vocab, dtype=dtype)
+        check(z, v, labelled((3,), vocab), o, backend=backend)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_real_vocabulary(backend: str, divergence: str | float, dtype: torch.dtype) -> None:
+    """Published tests stop at V = 4,096, where neither a serial fp32 sum over the row nor a spilled block shows."""
+    o = Options(divergence, temperature=2.0, hard_weight=0.1, reduction="none")
+    check(*pair(2, V_LARGE, dtype=dtype, std=2.0), labelled((2,), V_LARGE, 0.0), o, backend=backend)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", 0.5])
+def test_flat_rows_of_a_real_vocabulary(backend: str, divergence: str | float) -> None:
+    """Near-uniform rows are the worst case of a serial fp32 sum: every addend rounds the same way."""
+    z, v = pair(2, V_LARGE, std=1e-3)
+    check(z, v, None, Options(divergence, reduction="none"), backend=backend)
+
+
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 3, 9), (2, 1, 3, 9), (1, 2, 2, 2, 9), (0, 9), (2, 0, 3, 9)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_any_leading_shape(backend: str, shape: tuple[int, ...], reduction: str) -> None:
+    """Rows are what is left of the last dim, none of them included; "none" keeps their shape."""
+    o = Options(reduction=reduction, hard_weight=0.5)
+    exact = check(*pair(*shape), labelled(shape[:-1], 9), o, backend=backend)
+    assert exact.loss.shape == (shape[:-1] if reduction == "none" else ())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(backend: str, dtype: torch.dtype, reduction: str) -> None:
+    """0 / 0 is not the mean of nothing: the loss is 0 and connected."""
+    z = torch.zeros(0, 9, dtype=dtype, requires_grad=True)
+    loss = kd.kd_loss(z, z.detach(), reduction=reduction, backend=backend)
+    loss.backward()
+    assert loss.item() == 0
+    assert z.grad is not None and z.grad.shape == (0, 9) and z.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("std", [1e-2, 1e-3])
+def test_gradient_of_a_student_near_its_teacher(
+    backend: str, divergence: str | float, dtype: torch.dtype, std: float
+) -> None:
+    """A softmax in bf16 loses the difference q - p that is the whole gradient here (an error of 19 % and more)."""
+    v = 2 * torch.randn(4, 512)
+    z = (v + std * torch.randn(4, 512)).to(dtype)
+    check(z, v.to(dtype), None, Options(divergence, temperature=2.0), backend=backend)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_rows_more_than_two_to_the_31_elements_apart(backend: str, side: str) -> None:
+    """row * stride overflows an int32 there. The memory is reserved but, apart from two rows, never touched."""
+    stride, vocab = 2**31 + 64, 40
+    reserved = mmap.mmap(-1, 2 * (stride + vocab))
+    far = torch.frombuffer(reserved, dtype=torch.bfloat16).as_strided((2, vocab), (stride, 1))
+    far.copy_(torch.randn(2, vocab))
+    near = torch.randn(2, vocab).bfloat16()
+    z, v = (far, near) if side == "student" else (near, far)
+    check(z, v, torch.tensor([1, 2]), Options(0.5, hard_weight=0.5), backend=backend)
+
+
+def test_none_picks_by_device() -> None:
+    """On CPU tensors the fused kernel runs; its bits tell."""
+    z, v = pair(6, 300)
+    assert torch.equal(kd.kd_loss(z, v), kd.kd_loss(z, v, backend=kd.explain(z, v).backend))
+
+
+def test_explain_names_every_backend(backend: str) -> None:
+    """Which would run, and for each other one why it would not, without running anything."""
+    z, v = pair(2, 5)
+    explanation = kd.explain(z, v, temperature=2.0, backend=backend)
+    assert explanation.backend == backend
+    assert explanation.reasons["reference"] is None
+    assert {"reference", "cpu", "triton", "cuda"} <= set(explanation.reasons)
+    for name in ("triton", "cuda"):
+        reason = explanation.reasons[name]
+        assert isinstance(reason, str) and len(reason) > 10
+        assert name in str(explanation) and reason in str(explanation)
+    assert backend in str(explanation)
+
+
+def test_explain_refuses_what_kd_loss_refuses() -> None:
+    """An explanation of a call that raises would be a lie."""
+    z, v = pair(2, 5)
+    with pytest.raises(ValueError, match="temperature"):
+        kd.explain(z, v, temperature=-1.0)
+
+
+def test_module_is_the_function(backend: str) -> None:
+    """`KDLoss` keeps the options and takes the tensors."""
+    z, v = pair(4, 11)
+    labels, mask = labelled((4,), 11), torch.tensor([True, True, False, True])
+    weights = torch.rand(4)
+    o = Options(0.9, temperature=2.0, hard_weight=0.5)
+    call = {"mask": mask, "token_weights": weights, "num_items": 7}
+    module = kd.KDLoss(backend=backend, **{k: w for k, w in keywords(o).items() if k not in call})
+    assert isinstance(module, torch.nn.Module) and not list(module.parameters())
+    expected = our_loss(z, v, labels, o.but(**call), backend)
+    assert torch.equal(module(z, v, labels, **call), expected)
+    assert torch.equal(module(z, v), our_loss(z, v, None, o, backend))
+    assert "temperature=2.0" in repr(module)
+
+
+def test_shift_labels() -> None:
+    """Column 0 goes, -100 comes: logits are never sliced. A wrong shift costs about 4 perplexity."""
+    labels = torch.tensor([[5, 6, -100, 8], [1, 2, 3, 4]])
+    shifted = kd.shift_labels(labels)
+    assert shifted.tolist() == [[6, -100, 8, -100], [2, 3, 4, -100]]
+    assert shifted.dtype == labels.dtype
+    assert labels.tolist() == [[5, 6, -100, 8], [1, 2, 3, 4]]
+    assert kd.shift_labels(torch.tensor([7])).tolist() == [-100]
+    assert kd.shift_labels(torch.tensor([[3, 4]], dtype=torch.int32)).dtype == torch.int32
+
+
+def test_shifted_labels_are_shifted_logits(backend: str) -> None:
+    """The loss over unsliced logits and shifted labels is the textbook one over logits[:, :-1] and labels[:, 1:]."""
+    z, v = pair(2, 6, 13, dtype=torch.float64)
+    labels = labelled((2, 6), 13)
+    ours = kd.kd_loss(z, v, kd.shift_labels(labels), hard_weight=0.5, backend=backend)
+    sliced = kd.kd_loss(z[:, :-1], v[:, :-1], labels[:, 1:], hard_weight=0.5, backend=backend)
+    torch.testing.assert_close(ours, sliced, rtol=1e-13, atol=0)
+
+
+def test_gkd_ends_are_the_two_kls() -> None:
+    """TRL's and Liger's beta: 0 is forward KL, 1 is reverse KL, the JSD vanishes at both."""
+    assert kd.gkd(0.0) == "forward_kl" and kd.gkd(1.0) == "reverse_kl" and kd.gkd(0) == "forward_kl"
+    assert kd.gkd(0.3) == kd.JSD(beta=0.3)
+    for beta in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="beta"):
+            kd.gkd(beta)
+
+
+def test_jsd_by_name_is_the_even_one(backend: str) -> None:
+    """`"jsd"` is `JSD(0.5)`, and `JSD()` too."""
+    z, v = pair(3, 7)
+    losses = [kd.kd_loss(z, v, divergence=d, backend=backend) for d in ("jsd", kd.JSD(), kd.JSD(0.5))]
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[1], losses[2])
+
+
+def test_the_public_names() -> None:
+    """`__all__` is the promise."""
+    promised = {"kd_loss", "kd_loss_with_stats", "KDLoss", "KDStats", "Logits", "JSD", "explain", "shift_labels", "gkd"}
+    assert promised <= set(kd.__all__)
+    for name in kd.__all__:
+        assert getattr(kd, name).__doc__, f"{name} has no docstring"
+
+
+# Figures
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", 0.5])
+def test_stats(backend: str, divergence: str | float, reduction: str, weighted: bool) -> None:
+    """Every figure from the same pass, against plain torch; the loss is the same to the bit."""
+    T = 2.0
+    z, v, labels = pair(6, 9, dtype=torch.float64), torch.tensor([1, -100, 3, 4, 5, 0])
+    z[4, 5] = z[4].max() + 1
+    v[:3] = z[:3] + 0.1
+    mask = torch.tensor([True, True, True, False, True, True])
+    weights = torch.rand(6).double() if weighted else None
+    o = Options(divergence, temperature=T, hard_weight=0.5, soft_weight=0.7, mask=mask, token_weights=weights, reduction=reduction)
+    leaf = z.clone().requires_grad_()
+    words = {k: w for k, w in vars(o).items() if not k.startswith(("student", "teacher"))}
+    words["divergence"] = kd.JSD(divergence) if isinstance(divergence, float) else divergence
+    loss, stats = kd.kd_loss_with_stats(leaf, v, labels, backend=backend, **words)
+    assert torch.equal(loss, our_loss(z, v, labels, o, backend))
+    assert torch.equal(torch.autograd.grad(loss.sum(), leaf)[0], our_result(z, v, labels, o, backend)[1])
+    assert isinstance(stats, kd.KDStats)
+    for name in ("soft", "hard", "student_entropy", "teacher_entropy", "agreement", "accuracy", "counted"):
+        figure = getattr(stats, name)
+        assert figure.shape == () and not figure.requires_grad, name
+
+    exact = truth(z, v, labels, o)
+    row_weight = torch.ones(6).double() if weights is None else weights
+    denominator = 1 if reduction == "sum" else 5
+    assert_close_fp64(stats.soft.double(), (exact.soft * row_weight).sum() / denominator)
+    assert_close_fp64(stats.hard.double(), (exact.hard * row_weight).sum() / denominator)
+    for entropy, x in ((stats.student_entropy, z), (stats.teacher_entropy, v)):
+        assert_close_fp64(entropy.double(), torch.distributions.Categorical(logits=x[mask] / T).entropy().mean())
+    labelled = mask & (labels != -100)
+    assert_close_fp64(stats.agreement.double(), (z.argmax(-1) == v.argmax(-1))[mask].double().mean())
+    assert_close_fp64(stats.accuracy.double(), (z.argmax(-1) == labels)[labelled].double().mean())
+    assert stats.counted.item() == 5
+
+
+def test_stats_without_labels_or_rows(backend: str) -> None:
+    """No label, or no row: figures are 0, never NaN."""
+    z, v = pair(3, 9, dtype=torch.float64)
+    _, stats = kd.kd_loss_with_stats(z, v, backend=backend)
+    assert stats.hard.item() == 0 and stats.accuracy.item() == 0 and stats.counted.item() == 3
+    _, stats = kd.kd_loss_with_stats(z, v, mask=torch.zeros(3).bool(), backend=backend)
+    assert [float(x) for x in vars(stats).values()] == [0.0] * 7
+
+
+def test_stats_keep_infinite_classes_finite(backend: str) -> None:
+    """Entropies are of the distribution: a class at -inf has p log p = 0. fp32 stays near fp64."""
+    z, v = pair(3, 40, dtype=torch.float64)
+    z[:, 3:20] = v[:, 3:20] = -inf
+    _, exact = kd.kd_loss_with_stats(z, v, temperature=2.0, backend="reference")
+    _, stats = kd.kd_loss_with_stats(z.float(), v.float(), temperature=2.0, backend=backend)
+    kept = torch.cat([z[:, :3], z[:, 20:]], -1)
+    expected = torch.distributions.Categorical(logits=kept / 2).entropy().mean()
+    assert_close_fp64(exact.student_entropy.double(), expected)
+    assert abs(stats.student_entropy.item() - expected.item()) < 1e-5

@@ -1,0 +1,195 @@
+"""Hypothesis: any shape, strides, dtypes, values, labels, masks, weights and options within the error budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf, prod
+
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tolerances import DIVERGENCES, DTYPES, assert_within_budget, check, computing_dtype, our_loss, our_result
+from torch import Tensor
+from truth import Options, truth
+
+LAYOUTS = ("contiguous", "transposed", "classes first", "sliced", "shifted", "strided classes", "broadcast")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: both sides, what goes with them, and the upstream gradient."""
+
+    z: Tensor
+    v: Tensor
+    labels: Tensor | None
+    o: Options
+    upstream: Tensor | None
+
+    def __repr__(self) -> str:
+        """What hypothesis prints: enough to see the case."""
+        sides = ", ".join(f"{tuple(x.shape)} {x.dtype} strides {x.stride()}" for x in (self.z, self.v))
+        labels = None if self.labels is None else self.labels.tolist()
+        return f"Problem({sides}, labels={labels}, {self.o})"
+
+
+def laid_out(layout: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, std: float) -> Tensor:
+    """Logits of this shape with the strides that the layout names."""
+
+    def random(*sizes: int) -> Tensor:
+        return (std * torch.randn(*sizes, generator=generator)).to(dtype)
+
+    *rows, vocab = shape
+    if layout == "transposed" and len(rows) > 1:
+        return random(*reversed(rows), vocab).permute(*reversed(range(len(rows))), len(rows))
+    if layout == "classes first":
+        return random(vocab, *rows).permute(*range(1, len(shape)), 0)
+    if layout == "sliced":
+        return random(*rows, vocab + 3)[..., 1:-2]
+    if layout == "shifted" and rows:
+        return random(*rows[:-1], rows[-1] + 1, vocab)[..., :-1, :]
+    if layout == "strided classes":
+        return random(*rows, 3 * vocab)[..., 1::3]
+    if layout == "broadcast" and rows:
+        return random(*rows[:-1], 1, vocab).expand(shape)
+    return random(*shape)
+
+
+@st.composite
+def option_sets(draw: st.DrawFn) -> Options:
+    """Every option but the tensors."""
+    cap = st.none() | st.floats(0.5, 50)
+    scale = st.just(1.0) | st.floats(0.05, 4)
+    return Options(
+        divergence=draw(st.sampled_from(DIVERGENCES) | st.floats(0.01, 0.99)),
+        temperature=draw(st.just(1.0) | st.floats(0.25, 20)),
+        t_squared=draw(st.booleans()),
+        soft_weight=draw(st.sampled_from([1.0, 0.0, 0.3, -0.5])),
+        reduction=draw(st.sampled_from(["mean", "sum", "none"])),
+        student_scale=draw(scale),
+        student_softcap=draw(cap),
+        teacher_scale=draw(scale),
+        teacher_softcap=draw(cap),
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Problem:
+    """A whole call. Tensors come from a seeded generator, so that an example is small to print and to shrink."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rows = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
+    vocab = draw(st.integers(1, 40) | st.sampled_from([64, 65, 128, 259]))
+    other = max(1, vocab + draw(st.integers(-3, 3)))
+    pad = other != vocab or draw(st.booleans())
+    smaller = min(vocab, other)
+    std = draw(st.sampled_from([1e-3, 1.0, 4.0, 20.0]))
+    z = laid_out(draw(st.sampled_from(LAYOUTS)), (*rows, vocab), generator, draw(st.sampled_from(dtypes)), std)
+    v = laid_out(draw(st.sampled_from(LAYOUTS)), (*rows, other), generator, draw(st.sampled_from(dtypes)), std)
+    o = draw(option_sets()).but(pad_vocab=pad)
+
+    labels = None
+    if draw(st.booleans()):
+        index = draw(st.sampled_from([-100, -1, 0]))
+        labels = torch.randint(smaller, rows, generator=generator, dtype=draw(st.sampled_from([torch.int64, torch.int32])))
+        labels = labels.masked_fill(torch.rand(rows, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0])), index)
+        o = o.but(ignore_index=index, hard_weight=draw(st.sampled_from([0.0, 0.5, 2.0])))
+    if draw(st.booleans()):
+        o = o.but(mask=torch.rand(rows, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0])))
+    if draw(st.booleans()):
+        o = o.but(token_weights=torch.randn(rows, generator=generator))
+    if o.reduction == "mean" and draw(st.booleans()):
+        o = o.but(num_items=draw(st.integers(1, 1000) | st.floats(0.5, 1000) | st.builds(torch.tensor, st.integers(1, 9))))
+    shape = rows if o.reduction == "none" else ()
+    upstream = draw(st.sampled_from([None, "random", "stride 0"]))
+    up = None
+    if upstream == "random":
+        up = torch.randn(shape, generator=generator)
+    elif upstream == "stride 0":
+        up = torch.randn((), generator=generator).expand(shape)
+    return Problem(z, v, labels, o, None if up is None else up.to(computing_dtype(z.dtype, v.dtype)))
+
+
+def once_rounded(p: Problem) -> bool:
+    """Whether the gradient is rounded to its dtype once: an upstream factor after a bf16 rounding rounds again."""
+    return p.z.dtype != torch.bfloat16 or p.upstream is None
+
+
+@given(problems())
+def test_any_problem_is_within_the_budget(backend: str, p: Problem) -> None:
+    """Loss and gradient of everything at once, where the pieces alone are right and their product isn't."""
+    loss, grad = our_result(p.z, p.v, p.labels, p.o, backend, p.upstream)
+    if once_rounded(p):
+        assert_within_budget((loss, grad), p.z, p.v, p.labels, p.o, p.upstream)
+        return
+    plain = our_result(p.z, p.v, p.labels, p.o, backend)
+    assert_within_budget((loss, plain[1]), p.z, p.v, p.labels, p.o)
+    exact = truth(p.z, p.v, p.labels, p.o, p.upstream)
+    room = torch.finfo(p.z.dtype).eps * exact.grad.abs() + 8e-7 * exact.grad_unit + 1e-37
+    assert ((grad.double() - exact.grad).abs() <= 1.01 * room).all()
+
+
+@given(problems(dtypes=(torch.float32, torch.bfloat16)), st.data())
+def test_infinite_classes_anywhere(backend: str, p: Problem, data: st.DataObject) -> None:
+    """Classes masked on both sides, in any pattern that leaves one: never NaN. A softcap would lift them, so none here."""
+    o = p.o.but(student_softcap=None, teacher_softcap=None, hard_weight=0.0)
+    smaller = min(p.z.shape[-1], p.v.shape[-1])
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    gone = torch.rand((*p.z.shape[:-1], smaller), generator=generator) < data.draw(st.sampled_from([0.1, 0.5, 0.95]))
+    gone[..., data.draw(st.integers(0, smaller - 1))] = False
+    z, v = p.z.clone(), p.v.clone()
+    z[..., :smaller][gone] = -inf
+    v[..., :smaller][gone] = -inf
+    exact = check(z, v, p.labels, o, backend=backend)
+    assert exact.loss.isfinite().all() and exact.grad.isfinite().all()
+    _, grad = our_result(z, v, p.labels, o, backend)
+    assert (grad[..., :smaller][gone] == 0).all()
+
+
+@given(problems())
+def test_rows_are_independent(backend: str, p: Problem) -> None:
+    """`none` row by row is `none` at once, the sum of `none` is `sum`, and `mean` is that over what counts."""
+    o = p.o.but(reduction="none", num_items=None)
+    rows = our_loss(p.z, p.v, p.labels, o, backend)
+    total = our_loss(p.z, p.v, p.labels, o.but(reduction="sum"), backend)
+    size = rows.double().abs().sum() * 1e-6 + 1e-30
+    assert (total.double() - rows.double().sum()).abs() <= size
+    counted = truth(p.z, p.v, p.labels, o).counted.sum().clamp(min=1)
+    mean = our_loss(p.z, p.v, p.labels, o.but(reduction="mean"), backend)
+    assert (mean.double() - rows.double().sum() / counted).abs() <= size / counted
+    if prod(rows.shape):
+        flat_z, flat_v = p.z.reshape(-1, p.z.shape[-1]), p.v.reshape(-1, p.v.shape[-1])
+        labels = None if p.labels is None else p.labels.reshape(-1)
+        per_row = {name: getattr(o, name) for name in ("mask", "token_weights")}
+        flat = o.but(**{name: None if x is None else x.reshape(-1) for name, x in per_row.items()})
+        whole = our_loss(flat_z, flat_v, labels, flat, backend)
+        torch.testing.assert_close(whole.view_as(rows), rows, rtol=1e-5, atol=1e-6 * float(rows.abs().max()))
+
+
+@given(problems(dtypes=(torch.float64,)), st.floats(-100, 100))
+def test_adding_a_constant_to_a_row_changes_nothing(backend: str, p: Problem, shift: float) -> None:
+    """Softmax doesn't see it; a kernel that forgot to subtract the maximum does. Softcaps see it too, so none here."""
+    o = p.o.but(student_softcap=None, teacher_softcap=None)
+    loss, grad = our_result(p.z, p.v, p.labels, o, backend)
+    moved, moved_grad = our_result(p.z + shift, p.v - shift, p.labels, o, backend)
+    exact = truth(p.z, p.v, p.labels, o)
+    room = 1e-13 * (1 + 10 * abs(shift) / o.temperature + 10 * abs(shift))
+    assert ((loss - moved).abs() <= room * exact.loss_unit + 1e-300).all()
+    assert ((grad - moved_grad).abs() <= room * exact.grad_unit + 1e-300).all()
+
+
+@given(problems(dtypes=(torch.float64,)))
+def test_gradients_of_a_row_sum_to_zero(backend: str, p: Problem) -> None:
+    """A softmax has no opinion on the sum of its logits, whatever the divergence and whatever the label."""
+    o = p.o.but(student_softcap=None)
+    _, grad = our_result(p.z, p.v, p.labels, o, backend)
+    exact = truth(p.z, p.v, p.labels, o)
+    assert (grad.sum(-1).abs() <= 1e-14 * exact.grad_unit.sum(-1) + 1e-300).all()
+
+
+@given(problems(dtypes=(torch.float32, torch.bfloat16)))
+@example(Problem(torch.zeros(2, 1), torch.zeros(2, 1), None, Options(0.5), None))
+def test_divergences_are_not_negative(backend: str, p: Problem) -> None:
+    """A KL below zero is a truncated one, or a cancelled one: no more than the rounding of its terms is allowed."""
+    o = Options(p.o.divergence, p.o.temperature, reduction="none", pad_vocab=p.o.pad_vocab)
+    loss = our_loss(p.z, p.v, None, o, backend)
+    room = torch.finfo(torch.float32).eps * truth(p.z, p.v, None, o).loss_unit
+    assert (loss.double() >= -4 * room).all()
