@@ -1,30 +1,36 @@
-# Every target does all of its own set-up in .venv with nothing but python3, its venv and pip. A second run finds it done.
-#   make demo   run the main job: distil a small language model on real text (report in runs/demo/)
-#   make test   run the tests
-#   make check  lint, format, types
-#   make bench  measure the losses on this machine
-#   make clean  remove .venv and whatever was built
+# Every target does all of its own set-up in .venv, with nothing but python3, its venv and pip, and a C++
+# compiler where there is one. Once that is done, it is not done again until what it depends on changes.
+#
+#   make demo    the main job: distil a small language model on real text; the report is in runs/demo/
+#   make test    the tests
+#   make check   lint, format, types
+#   make bench   the losses measured on this machine
+#   make clean   remove .venv and whatever was built
+#
+# ARGS="..." passes options on, PYTHON=python3.12 picks the Python that .venv is made with.
 
 PYTHON ?= python3
+ARGS ?=
+
 VENV := .venv
 READY := $(VENV)/.ready
-CSRC := $(shell find csrc -type f 2>/dev/null)
+CSRC := $(shell find csrc -type f)
 
-# The versions in constraints.txt are the tested ones. torch is pinned there for one more reason: unpinned, pip takes the newest
-# build that any of its indexes offers, on Linux a CUDA build of gigabytes, even where a CPU build of an older release lies
-# nearer. Pinned, a CPU build of that release (2.13.0+cpu) wins wherever pip has been told of one, since a local
-# version sorts above the plain one.
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# The versions in constraints.txt are the tested ones. torch is pinned there for one more reason: unpinned, pip
+# takes the newest build that any of its indexes offers, on Linux a CUDA build of gigabytes, even where it was
+# told of a CPU build of an older release. Pinned, the CPU build of that release (2.13.0+cpu) wins wherever pip
+# knows of one, since a local version sorts above the plain one.
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test check bench setup clean
 
 demo: $(READY)
 	$(VENV)/bin/kdkernels demo $(ARGS)
 
-# Two processes share the machine's cores, so each runs torch on one thread; tests that are about threads set their own number.
-# loadgroup keeps the tests of one xdist_group in one process, where they share what is slow to make (a built wheel).
+# Two processes share the cores, so OpenMP gets one thread in each; tests about threads set their own number.
+# loadgroup keeps the tests of one xdist_group in one process, where they share what is slow to make (a wheel).
 test: $(READY)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
@@ -37,13 +43,14 @@ bench: $(READY)
 setup: $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kdkernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kdkernels/*.so .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Editable, so that what runs is this tree; without isolation, so that constraints.txt holds for the build as well.
+# Editable, so that what runs is this tree; without isolation, so that constraints.txt holds for the build too.
 $(READY): $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(CSRC)
-	$(PIP) setuptools
-	$(PIP) --no-build-isolation --editable '.[cli,bench,test,dev]'
+	@echo "Setting up $(VENV): the first time this downloads torch and takes minutes."
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[cli,bench,test,dev]'
 	@touch $@

@@ -152,6 +152,7 @@ class TagWheel(bdist_wheel):
     def run(self) -> None:
         """Build first, since only then it is known whether the wheel holds the library."""
         self.run_command("build")
+        self.skip_build = True
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()
 

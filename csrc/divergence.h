@@ -7,7 +7,8 @@
 //          the weighing side's shifted logits and b the other's; no second phase. kTeacherWeighs says which side a is.
 //   Pair:  phi and g are summed in a phase of their own, once the normalisers are known.
 //
-// The includer provides KD_FN (how a function is declared) and kd_exp, kd_expm1 and kd_log1p for its real type. The
+// The includer provides KD_FN (how a function is declared) and kd_exp, kd_exp_expm1
+// (both results) and kd_log1p for its real type. The
 // same expressions stand in kdkernels/divergences.py; a test pins the two spellings to each other.
 #pragma once
 
@@ -74,8 +75,8 @@ struct JSD {
     R d = lp - lq;
     bool student_larger = d < 0;
     R larger = kd_exp(student_larger ? lq : lp);
-    R t = kd_expm1(student_larger ? d : -d);  // e^-|d| - 1
-    R smaller = larger + larger * t;
+    R t;  // e^-|d| - 1
+    R smaller = larger * kd_exp_expm1(student_larger ? d : -d, t);
     R q = student_larger ? larger : smaller, p = student_larger ? smaller : larger;
     R log_mix = kd_log1p((student_larger ? beta : 1 - beta) * t);
     R lq_lm = q > 0 ? -log_mix - (student_larger ? R(0) : d) : R(0);

@@ -227,6 +227,7 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 _DEFAULTS: dict[str, Any] = {
     p.name: p.default for p in inspect.signature(kd_loss).parameters.values() if p.kind is p.KEYWORD_ONLY
 }
+_TEACHER_CHOICES = ("error", "ignore")
 _PER_CALL = ("mask", "token_weights", "num_items")
 
 
@@ -244,7 +245,7 @@ def check_options(options: dict[str, Any]) -> None:
             raise TypeError(f"{name} is given to each call of the module, not to its constructor")
     o = {**_DEFAULTS, **_known(options)}
     _spec(o, (1.0, None), (1.0, None), False)
-    _check_choice("teacher_requires_grad", o["teacher_requires_grad"], ("error", "ignore"))
+    _check_choice("teacher_requires_grad", o["teacher_requires_grad"], _TEACHER_CHOICES)
     if o["backend"] is not None:
         _check_choice("backend", o["backend"], tuple(registry.BACKENDS))
 
@@ -304,8 +305,9 @@ def _check(
         classes = min(classes, v.shape[-1])
     if v.device != z.device:
         raise ValueError(f"teacher must be on the student's device {z.device}, got {v.device}; move it with .to")
+    if teacher_requires_grad not in _TEACHER_CHOICES:
+        _check_choice("teacher_requires_grad", teacher_requires_grad, _TEACHER_CHOICES)
     if v.requires_grad:
-        _check_choice("teacher_requires_grad", teacher_requires_grad, ("error", "ignore"))
         if teacher_requires_grad == "error" and torch.is_grad_enabled():
             raise ValueError(
                 "teacher requires grad, and kd_loss gives it none: compute it under torch.no_grad() or pass "
@@ -336,9 +338,14 @@ def _check(
 
 
 def _unhashable(error: TypeError, given: dict[str, Any]) -> TypeError:
-    for name in ("temperature", "soft_weight", "hard_weight"):
-        if isinstance(given[name], Tensor):
-            return TypeError(f"{name} must be a Python number, got a Tensor; use float({name})")
+    # The record of options is looked up by value: an option that has no hash is none of the types it could be.
+    for name in ("temperature", "soft_weight", "hard_weight", "divergence", "reduction", "ignore_index", "t_squared"):
+        value = given[name]
+        if isinstance(value, Tensor):
+            return TypeError(f"{name} must be a Python number, got a Tensor; use {name}.item()")
+        if getattr(value, "__hash__", None) is None:
+            kind = "a string" if name in ("divergence", "reduction") else "a number"
+            return TypeError(f"{name} must be {kind}, got {type(value).__name__}")
     return error
 
 

@@ -89,13 +89,27 @@ def soft_term(z: Tensor, v: Tensor, spec: LossSpec) -> Tensor:
 
 
 def hard_term(z: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
-    """Cross-entropy of each labelled row at T = 1, 0 elsewhere; NaN where the label is out of range."""
+    """Cross-entropy of each labelled row at T = 1, 0 elsewhere.
+
+    A label out of range is an error on a CPU; elsewhere looking would wait for the device, and its row is NaN.
+    """
     target = torch.where(labelled, labels, 0).long()
     in_range = (target >= 0) & (target < z.shape[-1])
+    if z.device.type == "cpu" and not in_range.all():
+        row = int(torch.argmin(in_range.flatten().int()))
+        raise ValueError(label_error(int(target.flatten()[row]), row, target.numel(), z.shape[-1]))
     target = torch.where(in_range, target, 0)
     nll = -torch.log_softmax(z, -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
     poison = torch.where(in_range, 1.0, torch.nan).to(nll.dtype)
     return torch.where(labelled, nll * poison, 0.0)
+
+
+def label_error(label: int, row: int, rows: int, classes: int) -> str:
+    """The message for a label out of range, the same on every backend."""
+    return (
+        f"labels must be in [0, {classes}) or equal to ignore_index, got {label} at row {row} of {rows}; mark rows "
+        "without a label with ignore_index, or leave them out with mask"
+    )
 
 
 def reduce(loss: Tensor, rows: Tensor, num_items: Tensor | float | None, reduction: str) -> Tensor:

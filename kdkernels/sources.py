@@ -82,9 +82,8 @@ def unwrap(name: str, source: Any) -> tuple[Tensor, tuple[float, float | None]]:
     else:
         z, options = source, (1.0, None)
     if not isinstance(z, Tensor):
-        raise TypeError(
-            f"{name} must be a torch.Tensor of logits or kd.Logits(z, scale, softcap), got {type(source).__name__}"
-        )
+        got = type(z).__name__ if z is source else f"kd.Logits around {type(z).__name__}"
+        raise TypeError(f"{name} must be a torch.Tensor of logits or kd.Logits(z, scale, softcap), got {got}")
     if z.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name} must hold float32, float64, bfloat16 or float16 logits, got {z.dtype}: "

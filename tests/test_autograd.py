@@ -89,6 +89,8 @@ def test_backward_twice_gives_the_same(backend: str, dtype: torch.dtype, reducti
     """A saved gradient scaled in place is wrong the second time: each of three passes has its own factor."""
     z, v = logits(5, 70, dtype=dtype, requires_grad=True), logits(5, 70, dtype=dtype)
     loss = our_loss(z, v, None, USUAL.but(reduction=reduction, hard_weight=0.0), backend).sum()
+    if dtype == torch.float16:  # clear of the subnormals, where four times a rounded number is not the rounded fourfold
+        loss = 1024 * loss
     (first,) = torch.autograd.grad(loss, z, retain_graph=True)
     kept = first.clone()
     (fourfold,) = torch.autograd.grad(4 * loss, z, retain_graph=True)

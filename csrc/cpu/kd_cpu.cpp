@@ -18,7 +18,7 @@
 #include <immintrin.h>
 #endif
 
-#define KD_ABI 1
+#define KD_ABI 2
 #define KD_MAX_DIMS 8
 
 // ---------------------------------------------------------------------------------------------- the C interface
@@ -52,7 +52,7 @@ struct KdCall {
   int64_t upstream_stride;
   void* gradient;          // [rows, width], of z's type
   void* loss;              // one, or [rows]; float, or double where either side is double
-  double* state;           // [rows, 7]
+  double* state;           // [rows, kStateDoubles]
   double* stats;           // [7]
   void (*parallel_for)();  // torch_parallel_for, or null for serial
 };
@@ -235,28 +235,54 @@ struct Frame {
   R soft, hard; // factors of the gradient, apart from the row's weight
 };
 
+// A loop over n classes with kSums sums: f(i, term) gives the terms of class i. The sums are kept in lanes, which are
+// added up by halves in the end, so that the order of additions is the same on every run and the loop has no serial chain.
+template <int kSums, class R, class F>
+KD_FN void accumulate(int64_t n, R (&sums)[kSums], F f) {
+  constexpr int kLanes = 64 / sizeof(R);
+  alignas(64) R lane[kSums][kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      R term[kSums];
+      f(i + l, term);
+      for (int k = 0; k < kSums; ++k) lane[k][l] += term[k];
+    }
+  }
+  for (int l = 0; i < n; ++i, ++l) {
+    R term[kSums];
+    f(i, term);
+    for (int k = 0; k < kSums; ++k) lane[k][l] += term[k];
+  }
+  for (int k = 0; k < kSums; ++k) {
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) lane[k][l] += lane[k][l + half];
+    sums[k] = lane[k][0];
+  }
+}
+
 template <class R>
 KD_FN R maximum(const R* x, int64_t n) {
   constexpr int kLanes = 128 / sizeof(R);
-  R lane[kLanes];
+  alignas(64) R lane[kLanes];
   for (int l = 0; l < kLanes; ++l) lane[l] = -Real<R>::kInf;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
   }
-  for (; i < n; ++i) lane[0] = x[i] > lane[0] ? x[i] : lane[0];
-  R m = lane[0];
-  for (int l = 1; l < kLanes; ++l) m = lane[l] > m ? lane[l] : m;
-  return m;
+  for (int l = 0; i < n; ++i, ++l) lane[l] = x[i] > lane[l] ? x[i] : lane[l];
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lane[l] = lane[l + half] > lane[l] ? lane[l + half] : lane[l];
+  return lane[0];
 }
 
-// The reference of a block: its maximum, or 0 where it has no finite logit. An infinite one makes the row NaN, as it does
-// in any softmax.
+// The reference of exponents c * x - ref, given the maximum of x: 0 where no x is finite. An infinite maximum makes the
+// row NaN, as it does in any softmax.
 template <class R>
-KD_FN R reference(const R* x, int64_t n) {
-  R m = maximum(x, n);
-  return m == -Real<R>::kInf ? R(0) : m;
+KD_FN R reference(R maximum, R c) {
+  return maximum == -Real<R>::kInf ? R(0) : maximum * c;
 }
 
 // No soft term: the hard one alone.
@@ -279,59 +305,66 @@ void normalise(const Frame<R>& f, RowState& row) {
   for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
     int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
     const R* z = read(f.z, begin, n, z_block);
-    R rz = reference(z, n), cz = f.cz, one = f.one, sz = 0, s1 = 0, sv = 0, x = 0, rv = 0;
+    R cz = f.cz, one = f.one, mz = maximum(z, n), rz = reference(mz, cz), r1 = reference(mz, one);
+    RowState block{};
     if constexpr (kReadsTeacher<D>) {
       const R* v = read(f.v, begin, n, v_block);
-      rv = reference(v, n);
-      R cv = f.cv;
-#pragma omp simd reduction(+ : sz, s1, sv, x)
-      for (int64_t i = 0; i < n; ++i) {
-        R y = (z[i] - rz) * cz, u = (v[i] - rv) * cv;
+      R cv = f.cv, rv = reference(maximum(v, n), cv);
+      R sums[4];
+      accumulate(n, sums, [=](int64_t i, R(&term)[4]) {
+        R y = z[i] * cz - rz, u = v[i] * cv - rv;
         R ey = kd_exp(y), eu = kd_exp(u);
-        sz += ey;
-        sv += eu;
-        if constexpr (D::kCross) {
-          R a = D::kTeacherWeighs ? u : y, b = D::kTeacherWeighs ? y : u, ea = D::kTeacherWeighs ? eu : ey;
-          // A class that the weighing side can't produce contributes nothing, also where a or b is infinite.
-          R term = D::kA * a + D::kB * b;
-          if constexpr (D::kA == 0) term = D::kB * b;
-          x += ea > 0 ? ea * term : (ea != ea ? ea : R(0));
-        }
-        if constexpr (kOwnSum) s1 += kd_exp((z[i] - rz) * one);
-      }
+        term[0] = ey;
+        term[1] = eu;
+        R a = D::kTeacherWeighs ? u : y, b = D::kTeacherWeighs ? y : u, ea = D::kTeacherWeighs ? eu : ey;
+        // A class that the weighing side can't produce contributes nothing, also where a or b is infinite. A NaN is in
+        // the sums already.
+        if constexpr (D::kCross) term[2] = ea > 0 ? ea * (D::kA == 0 ? D::kB * b : D::kA * a + D::kB * b) : R(0);
+        else term[2] = 0;
+        term[3] = kOwnSum ? kd_exp(z[i] * one - r1) : R(0);
+      });
+      block.z = {rz, sums[0]};
+      block.v = {rv, sums[1]};
+      block.cross = sums[2];
+      if (kOwnSum) block.one = {r1, sums[3]};
     } else {
-#pragma omp simd reduction(+ : sz)
-      for (int64_t i = 0; i < n; ++i) sz += kd_exp((z[i] - rz) * cz);
+      R sums[1];
+      accumulate(n, sums, [=](int64_t i, R(&term)[1]) { term[0] = kd_exp(z[i] * cz - rz); });
+      block.z = {rz, sums[0]};
     }
-    RowState block{{(double)rz, (double)sz}, {(double)rv, (double)sv}, (double)x, (double)s1, 0};
-    merge(row, block, f.cz, f.cv, f.one, D::kTeacherWeighs, D::kA, D::kB);
+    merge(row, block, D::kTeacherWeighs, D::kA, D::kB);
   }
+}
+
+// The frame's part of a pair: a class that neither side can produce contributes nothing.
+template <class R, class D>
+KD_FN Terms<R> terms_of(const D& d, R lq, R lp) {
+  Terms<R> t = d.terms(lq, lp);
+  bool dead = lq == -Real<R>::kInf && lp == -Real<R>::kInf;
+  return {dead ? R(0) : t.phi, dead ? R(0) : t.g};
 }
 
 // Phase 2: sums phi and g, and leaves g in `g_row` for the gradient.
 template <class R, class D>
-double sum_pairs(const Frame<R>& f, const D& d, RowState& row, R* g_row) {
+double sum_pairs(const Frame<R>& f, D d, RowState& row, R* g_row) {
   alignas(64) R z_block[kBlock], v_block[kBlock];
   R rz = (R)row.z.ref, rv = (R)row.v.ref, lz = (R)kd_log(row.z.sum), lv = (R)kd_log(row.v.sum), cz = f.cz, cv = f.cv;
   double phi_sum = 0, g_sum = 0;
   for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
     int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
     const R *z = read(f.z, begin, n, z_block), *v = read(f.v, begin, n, v_block);
-    R phi = 0, g = 0;
+    R sums[2];
     R* out = g_row + begin;
-#pragma omp simd reduction(+ : phi, g)
-    for (int64_t i = 0; i < n; ++i) {
-      R lq = (z[i] - rz) * cz - lz, lp = (v[i] - rv) * cv - lv;
-      Terms<R> t = d.terms(lq, lp);
-      // Neither side can produce this class. (A sum of two -infinities, not of a NaN.)
-      bool dead = lq == -Real<R>::kInf && lp == -Real<R>::kInf;
-      R tp = dead ? R(0) : t.phi, tg = dead ? R(0) : t.g;
-      phi += tp;
-      g += tg;
-      out[i] = tg;
-    }
-    phi_sum += phi;
-    g_sum += g;
+    accumulate(n, sums, [=](int64_t i, R(&term)[2]) {
+      // Two steps: one constant for both would lose the logarithm's digits beside a large reference.
+      R lq = z[i] * cz - rz - lz, lp = v[i] * cv - rv - lv;
+      Terms<R> t = terms_of(d, lq, lp);
+      term[0] = t.phi;
+      term[1] = t.g;
+      out[i] = term[1];
+    });
+    phi_sum += sums[0];
+    g_sum += sums[1];
   }
   row.sum_g = g_sum;
   return phi_sum;
@@ -349,10 +382,10 @@ template <class R, class D, int kHard>
 void write_gradient(const Frame<R>& f, const D&, const RowState& row, const R* g_row, double weight, int64_t label,
                     void* out, int64_t out_type, bool past_cache) {
   alignas(64) R z_block[kBlock], v_block[kBlock], block[kBlock];
-  R rz = (R)row.z.ref, rv = (R)row.v.ref, cz = f.cz, cv = f.cv, one = f.one;
-  R iz = (R)(1 / row.z.sum), iv = (R)(1 / row.v.sum), i1 = (R)(1 / row.sum_one);
+  R rz = (R)row.z.ref, rv = (R)row.v.ref, r1 = (R)row.one.ref, cz = f.cz, cv = f.cv, one = f.one;
+  R iz = (R)(1 / row.z.sum), iv = (R)(1 / row.v.sum), i1 = (R)(1 / row.one.sum);
   R soft = (R)(weight * f.soft), hard = label < 0 ? R(0) : (R)(weight * f.hard);
-  R lz = (R)kd_log(row.z.sum), lv = (R)kd_log(row.v.sum);
+  R log_ratio = (R)(kd_log(row.z.sum) - kd_log(row.v.sum));
   R mean = 0;  // sum of g, or for the reverse KL its part that doesn't cancel
   if constexpr (kReadsTeacher<D>) {
     if constexpr (!D::kCross)
@@ -368,30 +401,30 @@ void write_gradient(const Frame<R>& f, const D&, const RowState& row, const R* g
     if constexpr (kReadsTeacher<D> && D::kCross) v = read(f.v, begin, n, v_block);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      R y = (z[i] - rz) * cz;
+      R y = z[i] * cz - rz;
       R q = kd_exp(y) * iz, dz = 0;
       if constexpr (kReadsTeacher<D>) {
         if constexpr (!D::kCross) {
           dz = soft * (g[i] - q * mean);
         } else if constexpr (D::kTeacherWeighs) {
-          dz = soft * (q - kd_exp((v[i] - rv) * cv) * iv);
+          dz = soft * (q - kd_exp(v[i] * cv - rv) * iv);
         } else {
-          R l = (y - lz) - ((v[i] - rv) * cv - lv);
-          dz = q > 0 ? soft * q * (l - mean) : (q != q ? q : R(0));
+          R l = y - (v[i] * cv - rv) - log_ratio;
+          dz = q > 0 ? soft * q * (l - mean) : q;  // 0 where q is 0, NaN where it is NaN
         }
       }
       if constexpr (kHard == kSharedHard) dz += hard * q;
-      if constexpr (kHard == kOwnHard) dz += hard * (kd_exp((z[i] - rz) * one) * i1);
+      if constexpr (kHard == kOwnHard) dz += hard * (kd_exp(z[i] * one - r1) * i1);
       block[i] = dz;
     }
     if (kHard != kNoHard && label >= begin && label < begin + n) block[label - begin] -= hard;
-    if (f.z.cap != 0) {  // d (c tanh(s z / c)) / d z = s (1 - tanh^2)
-      R s = (R)f.z.scale, inverse = (R)(1 / f.z.cap);
+    if (f.z.cap != 0) {  // d (c tanh(s z / c)) / d z
+      Reader raw = f.z;
+      raw.cap = 0;
+      const R* x = read(raw, begin, n, z_block);
+      R s = (R)f.z.scale, inner = (R)(f.z.scale / f.z.cap);
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        R t = z[i] * inverse;
-        block[i] *= s * (1 - t * t);
-      }
+      for (int64_t i = 0; i < n; ++i) block[i] *= s * tanh_slope_(x[i] * inner);
     }
     write(out, out_type, begin, n, block, past_cache);
   }
@@ -413,13 +446,12 @@ double entropy(const Reader& r, const Side& side, R c, int64_t classes, int64_t*
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     int64_t n = classes - begin < kBlock ? classes - begin : kBlock;
     const R* w = read(r, begin, n, block);
-    R sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) {
-      R y = (w[i] - ref) * c, e = kd_exp(y);
-      sum += e > 0 ? e * y : (e != e ? e : R(0));
-    }
-    x += sum;
+    R sums[1];
+    accumulate(n, sums, [=](int64_t i, R(&term)[1]) {
+      R y = w[i] * c - ref, e = kd_exp(y);
+      term[0] = e > 0 ? e * y : R(0);
+    });
+    x += sums[0];
     R m = maximum(w, n);
     if (m > top)
       for (int64_t i = 0; i < n; ++i)
@@ -518,14 +550,14 @@ void do_rows(int64_t begin, int64_t end, void* context) {
       if constexpr (pair) sum_pairs<R, D>(f, d, row, g_row);
     } else {
       normalise<R, D, kHard == kOwnHard>(f, row);
-      if constexpr (kHard != kOwnHard) row.sum_one = row.z.sum;
+      if constexpr (kHard != kOwnHard) row.one = row.z;
       if constexpr (pair)
         soft = sum_pairs<R, D>(f, d, row, g_row);
       else if constexpr (reads_teacher)
         soft = closed_form<R, D>(row);
       if (kHard != kNoHard && label >= 0) {
         R at_label[1];
-        hard = kd_log(row.sum_one) - ((double)*read(f.z, label, 1, at_label) - row.z.ref) * (double)f.one;
+        hard = kd_log(row.one.sum) - ((double)*read(f.z, label, 1, at_label) * (double)f.one - row.one.ref);
       }
       figures[kRowLoss] = weight * (o.soft_weight * o.t_factor * soft + o.hard_weight * hard);
       if (c.mode == kState) memcpy(c.state + n * kStateDoubles, &row, sizeof row);
@@ -687,7 +719,7 @@ void pointwise(int64_t divergence, const double* params, int64_t n, const double
     D<double> d;                                                  \
     memcpy((void*)&d, params, sizeof d);                          \
     for (int64_t i = 0; i < n; ++i) {                             \
-      Terms<double> t = d.terms(lq[i], lp[i]);                    \
+      Terms<double> t = terms_of(d, lq[i], lp[i]);                    \
       phi[i] = t.phi;                                             \
       g[i] = t.g;                                                 \
     }                                                             \
@@ -717,7 +749,7 @@ extern "C" __attribute__((visibility("hidden"))) const KdTable kd_table_avx512;
 namespace {
 
 double kd_exp(double x);
-double kd_expm1(double x);
+double kd_exp_expm1(double x, double&);
 double kd_log1p(double x);
 #include "../divergence.h"
 

@@ -1,7 +1,7 @@
 // exp, expm1 and log1p as polynomials that a compiler vectorises, in float and double, without libm.
 //
-// Coefficients are minimax fits of our own (Remez; relative errors in the comments). Infinities and NaN behave as in C;
-// a result below the smallest normal number is flushed to 0.
+// Coefficients are minimax fits of our own (Remez; relative errors in the comments). NaN stays NaN; a result
+// below the smallest normal number is flushed to 0. Each function states its domain, which is all that the kernel uses.
 #pragma once
 
 namespace {
@@ -20,11 +20,12 @@ struct Real;
 template <>
 struct Real<float> {
   using Int = int;
+  using UInt = unsigned;
   static constexpr int kMantissa = 23;
   static constexpr Int kOne = 0x3f800000, kSqrtHalf = 0x3f3504f3;
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693145752f, kLn2Lo = 1.42860677e-6f, kLn2 = 0.693147181f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kMin = -87.33654f, kMax = 88.72283f;
+  static constexpr float kMin = -88.029692f;  // -127 ln 2
   static constexpr float kInf = __builtin_huge_valf();
 
   // e^r - 1 on |r| <= ln(2)/2, relative error 3e-9.
@@ -53,12 +54,13 @@ struct Real<float> {
 template <>
 struct Real<double> {
   using Int = long long;
+  using UInt = unsigned long long;
   static constexpr int kMantissa = 52;
   static constexpr Int kOne = 0x3ff0000000000000, kSqrtHalf = 0x3fe6a09e667f3bcd;
   static constexpr double kLog2e = 1.4426950408889634, kLn2Hi = 0.69314718036912382, kLn2Lo = 1.9082149292705877e-10,
                           kLn2 = 0.69314718055994531;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kMin = -708.396418532264, kMax = 709.782712893384;
+  static constexpr double kMin = -709.0895657128241;  // -1023 ln 2
   static constexpr double kInf = __builtin_huge_val();
 
   // The Taylor series: its first omitted term, r^14 / 14!, is below 5e-18 there.
@@ -95,41 +97,41 @@ struct Real<double> {
   }
 };
 
-// x = n ln 2 + r with n an integer; returns e^r - 1 and 2^n. x must lie within [kMin, kMax].
+// x = n ln 2 + r with n an integer; returns e^r - 1 and 2^n. x must lie within [kMin, 88].
 template <class R>
 KD_FN R split_exp(R x, R& power) {
   using M = Real<R>;
+  using Int = typename M::Int;
   R rounded = x * M::kLog2e + M::kRound;
-  typename M::Int n = bits<typename M::Int>(rounded) - bits<typename M::Int>(M::kRound);
   R whole = rounded - M::kRound;
+#if defined(__FMA__)
+  // One exact product: the error of ln 2 itself is n * 2e-9 (2e-17 in double), below an ulp wherever e^x matters.
+  R r = x - whole * M::kLn2;
+#else
   R r = (x - whole * M::kLn2Hi) - whole * M::kLn2Lo;
-  power = bits<R>((typename M::Int)((n << M::kMantissa) + M::kOne));
+#endif
+  // The integer stands in the low bits of `rounded`; the shift moves it to the exponent and drops the rest.
+  power = bits<R>((Int)((typename M::UInt)bits<Int>(rounded) << M::kMantissa) + M::kOne);
   return M::expm1_reduced(r);
 }
 
-// e^x; inf above kMax - 0.4 (there 2^n would leave the numbers), 0 below kMin. Comparisons are written so that NaN stays NaN.
+// e^x for x <= 88; 0 where the result is not a normal number: there 2^n is clamped to an exponent of all zeros. Written
+// as a maximum in which NaN stays NaN.
 template <class R>
 KD_FN R exp_(R x) {
-  using M = Real<R>;
-  constexpr R top = M::kMax - R(0.4);
-  R clamped = x < M::kMin ? M::kMin : x;
-  clamped = clamped > top ? top : clamped;
-  R power, e = split_exp(clamped, power);
-  R y = power * e + power;
-  y = x < M::kMin ? R(0) : y;
-  return x > top ? M::kInf : y;
+  R power, e = split_exp(x < Real<R>::kMin ? Real<R>::kMin : x, power);
+  return power * e + power;
 }
 
-// e^x - 1 for x <= 0.
+// e^x and e^x - 1 for x <= 0, each with all its digits.
 template <class R>
-KD_FN R expm1_(R x) {
-  using M = Real<R>;
-  R clamped = x < M::kMin ? M::kMin : x;
-  R power, e = split_exp(clamped, power);
-  return power * e + (power - 1);
+KD_FN R exp_expm1_(R x, R& minus_one) {
+  R power, e = split_exp(x < Real<R>::kMin ? Real<R>::kMin : x, power);
+  minus_one = power * e + (power - 1);
+  return power * e + power;
 }
 
-// log(1 + x) for x > -1; -inf at -1, NaN below.
+// log(1 + x) for -1 < x, 1 + x a normal number.
 template <class R>
 KD_FN R log1p_(R x) {
   using M = Real<R>;
@@ -139,25 +141,34 @@ KD_FN R log1p_(R x) {
   // 1 + f = (1 + x) 2^-e, formed from x so that a small x keeps its digits.
   R inverse = bits<R>((Int)(M::kOne - (e << M::kMantissa)));
   R f = x * inverse + (inverse - 1);
-  R y = (R)e * M::kLn2 + M::log1p_reduced(f);
-  y = u > 0 ? y : (u == 0 ? -M::kInf : bits<R>((Int)(-1)));
-  return x != x ? x : y;
+  return (R)e * M::kLn2 + M::log1p_reduced(f);
 }
 
 KD_FN float kd_exp(float x) { return exp_(x); }
 KD_FN double kd_exp(double x) { return exp_(x); }
-KD_FN float kd_expm1(float x) { return expm1_(x); }
-KD_FN double kd_expm1(double x) { return expm1_(x); }
+KD_FN float kd_exp_expm1(float x, float& minus_one) { return exp_expm1_(x, minus_one); }
+KD_FN double kd_exp_expm1(double x, double& minus_one) { return exp_expm1_(x, minus_one); }
 KD_FN float kd_log1p(float x) { return log1p_(x); }
 KD_FN double kd_log1p(double x) { return log1p_(x); }
-KD_FN double kd_log(double x) { return x == Real<double>::kInf ? x : log1p_(x - 1); }
 
-// tanh through e^(-2|x|) - 1, which keeps its digits at both ends.
+// log x of a sum of exponentials: -inf at 0, and what is not finite stays as it is.
+KD_FN double kd_log(double x) {
+  if (x == 0) return -Real<double>::kInf;
+  return x - x == 0 ? log1p_(x - 1) : x;
+}
+
+// tanh x, and 1 - tanh^2 x without the subtraction, through e^(-2|x|).
 template <class R>
 KD_FN R tanh_(R x) {
-  R t = expm1_(-2 * (x < 0 ? -x : x));  // in (-1, 0]; |tanh| = -t / (2 + t)
+  R t;
+  exp_expm1_(-2 * (x < 0 ? -x : x), t);
   R y = -t / (2 + t);
   return x < 0 ? -y : y;
+}
+template <class R>
+KD_FN R tanh_slope_(R x) {
+  R e = exp_(-2 * (x < 0 ? -x : x));
+  return 4 * e / ((1 + e) * (1 + e));
 }
 
 }  // namespace

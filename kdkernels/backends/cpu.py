@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from .. import tuning
+from ..reference import label_error
 from ..spec import REDUCTIONS, LossSpec
 
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
 # Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
-_ABI = 1
+_ABI = 2
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"loss": 0, "gradient": 1, "state": 2, "from_state": 3}
 _MAX_DIMS = 8
-_STATE = 7
+_STATE = 8
 _STATS = 7
 _OK, _NO_MEMORY = -1, -2
 
@@ -159,10 +160,7 @@ class CpuBackend:
         if result == _NO_MEMORY:
             raise MemoryError("kdkernels' CPU library could not allocate its per-thread row buffer")
         if result != _OK:
-            raise ValueError(
-                f"labels must be in [0, {classes}) or equal ignore_index={spec.ignore_index}, got "
-                f"{int(labels.flatten()[result])} at row {result} of {rows}"
-            )
+            raise ValueError(label_error(int(labels.flatten()[result]), result, rows, classes))
 
 
 class _Library:

@@ -7,10 +7,11 @@ from .isolated import ProcessDied, run_isolated
 from .memory import Peak, page_faults, peak_growth, raise_malloc_thresholds
 from .report import Progress, environment, markdown_table, print_table, write_json
 from .roofline import gigabytes_per_second, input_sets, tensor_bytes, traffic_bytes, triad
-from .timing import Contestant, Timing, clock_for, race
+from .timing import Contestant, Neighbours, Timing, clock_for, race
 
 __all__ = [
     "Contestant",
+    "Neighbours",
     "Peak",
     "ProcessDied",
     "Progress",

@@ -1,4 +1,4 @@
-"""A function in a process of its own: for settings that can't be undone, and memory that nobody else has touched."""
+"""A function in a process of its own: for settings that can't be undone, and memory nobody has touched."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ def run_isolated(
 ) -> Any:
     """Runs `function(send, *args)` in a fresh process and returns its result.
 
-    Where the system has it, processes are forked from a server that has imported `preload` and done nothing else, so
-    that one costs milliseconds and not an import of torch; it has no thread, no warm memory and no setting of ours.
+    Where the system has it, processes are forked from a server that has imported `preload` and done nothing
+    else, so that one costs milliseconds and not an import of torch; it has no thread, no warm memory and no
+    setting of ours.
 
     Args:
-        function: A function at the top level of a module. Its first argument, `send(message)`, calls `on_message`
-            in the calling process.
+        function: A function at the top level of a module. Its first argument, `send(message)`, calls
+            `on_message` in the calling process.
         *args: Its other arguments.
         on_message: Receives what the function sends, in the calling thread.
         preload: Modules that the server imports; only the first call's count.
@@ -48,7 +49,7 @@ def run_isolated(
         else:
             context = multiprocessing.get_context("spawn")
         receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(sending, function, args), daemon=True)
+        process = context.Process(target=_child, args=(sending, function, args))
         sys.stdout.flush()
         process.start()
         sending.close()

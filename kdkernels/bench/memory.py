@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 try:
-    import resource
+    resource: ModuleType | None = importlib.import_module("resource")
 except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+    resource = None
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -38,14 +40,15 @@ def page_faults() -> int | None:
     if resource is None:
         return None
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_minflt + usage.ru_majflt
+    return int(usage.ru_minflt + usage.ru_majflt)
 
 
 def raise_malloc_thresholds(threshold: int = 2**30) -> bool:
-    """Makes glibc keep freed memory: blocks up to `threshold` bytes come from the heap, and the heap isn't trimmed.
+    """Makes glibc keep freed memory: blocks up to `threshold` bytes live on the heap, and it isn't trimmed.
 
-    By default every large tensor is mapped, cleared by the kernel page by page as it is first touched, and unmapped
-    when freed, which is most of what an eager loss costs on a CPU. Holds for the whole process and can't be undone.
+    By default every large tensor is mapped, cleared by the kernel page by page as it is first touched, and
+    unmapped when freed, which is most of what an eager loss costs on a CPU. Holds for the whole process and
+    can't be undone.
 
     Returns:
         Whether glibc took both settings.
@@ -59,7 +62,7 @@ def raise_malloc_thresholds(threshold: int = 2**30) -> bool:
 
 
 def return_free_memory() -> None:
-    """Gives memory that malloc holds but nobody uses back to the system, so that using it again shows as growth."""
+    """Gives memory that malloc holds and nobody uses back to the system: used again, it shows as growth."""
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
@@ -73,8 +76,9 @@ def peak_growth(
 ) -> Peak | None:
     """Peak memory of `step()` beyond what was held before it; run it in a process of its own.
 
-    On Linux the kernel's high-water mark is reset between a warm-up and the measured call. Elsewhere the growth of
-    the largest resident size is taken, without a warm-up, which would raise it. On CUDA torch's allocator is asked.
+    On Linux the kernel's high-water mark is reset between a warm-up and the measured call. Elsewhere the
+    growth of the largest resident size is taken, without a warm-up, which would raise it. On CUDA torch's
+    allocator is asked.
 
     Args:
         step: The call; what it returns is still held when the peak is read.

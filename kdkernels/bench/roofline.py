@@ -1,4 +1,4 @@
-"""What a machine can do at best, measured in the same run: the triad, and the bytes that a loss has to move."""
+"""What a machine can do at best, measured in the same run: the triad, and the bytes that a loss must move."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .timing import Contestant
 CACHE_EXCESS = 1.25
 # ... which is a quarter of what is free: the contestants need the rest.
 MEMORY_SHARE = 0.25
-# Beyond this many sets a small case would spend its time on making inputs; it stays in the cache, as in training.
+# Beyond this many sets a small case would spend its time on making inputs; it stays in the cache, as in
+# training.
 MAX_SETS = 64
 
 
@@ -79,10 +80,10 @@ def input_sets(set_bytes: int, cache_bytes: int | None, available_bytes: int | N
 
 
 def triad(sources: list[tuple[Tensor, Tensor]], scale: float = 0.5) -> list[Contestant]:
-    """out = a + scale · b in its ordinary spellings: the best of them is this machine's bandwidth.
+    """Contestants that compute out = a + scale · b: the best of them is this machine's bandwidth.
 
-    Every spelling reads two tensors and writes one, which is allocated and warm. Narrow dtypes run on the same bytes
-    seen as fp32 too, where no conversion can slow them down.
+    Every spelling reads two tensors and writes one, which is allocated and warm. Narrow dtypes run on the
+    same bytes seen as fp32, where no conversion slows them down.
 
     Args:
         sources: The `(a, b)` of each input set, contiguous and of one size.
@@ -93,19 +94,16 @@ def triad(sources: list[tuple[Tensor, Tensor]], scale: float = 0.5) -> list[Cont
     """
     pairs = [(a.detach(), b.detach()) for a, b in sources]
     out = torch.zeros_like(pairs[0][0])
-    contestants = []
-    views = [("", pairs, out)]
-    narrow = out.dtype.itemsize < 4 and out.nbytes % 4 == 0
-    if narrow:
-        seen = [(a.flatten().view(torch.float32), b.flatten().view(torch.float32)) for a, b in pairs]
-        views = [(" as fp32", seen, out.flatten().view(torch.float32))]
-    for label, inputs, target in views:
-        contestants += [
-            Contestant(f"triad add{label}", _scaled_add(inputs, target, scale)),
-            Contestant(f"triad add, factor 1{label}", _scaled_add(inputs, target, 1.0)),
-            Contestant(f"triad mul{label}", _product(inputs, target)),
-        ]
-    return contestants
+    label = ""
+    if out.dtype.itemsize < 4 and out.nbytes % 4 == 0:
+        label = " as fp32"
+        pairs = [(a.flatten().view(torch.float32), b.flatten().view(torch.float32)) for a, b in pairs]
+        out = out.flatten().view(torch.float32)
+    return [
+        Contestant(f"triad add{label}", _scaled_add(pairs, out, scale)),
+        Contestant(f"triad add, factor 1{label}", _scaled_add(pairs, out, 1.0)),
+        Contestant(f"triad mul{label}", _product(pairs, out)),
+    ]
 
 
 def _scaled_add(inputs: list[tuple[Tensor, Tensor]], out: Tensor, scale: float) -> Callable[[int], object]:

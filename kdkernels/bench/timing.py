@@ -1,8 +1,9 @@
-"""Timing in interleaved rounds: every contestant once a round, in an order that changes, on inputs that rotate."""
+"""Timing in interleaved rounds: every contestant once a round, in changing order, on inputs that rotate."""
 
 from __future__ import annotations
 
 import gc
+import os
 import random
 import statistics
 import time
@@ -21,8 +22,8 @@ class Contestant:
 
     Attributes:
         name: What the report calls it.
-        run: Does the work once on the input set of the given number. What it returns is dropped inside the timed
-            region, since freeing a gradient is part of every step.
+        run: Does the work once on the input set of the given number. What it returns is dropped inside the
+            timed region, since freeing a gradient is part of every step.
     """
 
     name: str
@@ -63,6 +64,38 @@ class Timing:
     def median_faults(self) -> float | None:
         """The median number of page faults in a call."""
         return None if self.faults is None else statistics.median(self.faults)
+
+
+class Neighbours:
+    """How many CPUs other processes, or other virtual machines, keep busy between its making and `cpus()`.
+
+    On a busy machine a thread that waits for a descheduled one waits for milliseconds: with two threads on
+    two CPUs and two other processes, an eager loss on (16, 1000) took 28 ms; on one thread, which waits for
+    nobody, 0.2 ms. No best-of cures that, so it is measured and said.
+    """
+
+    def __init__(self) -> None:
+        self.start = self._read()
+
+    def cpus(self) -> float | None:
+        """The mean number of CPUs that others used, or None where the system doesn't say."""
+        now = self._read()
+        if self.start is None or now is None:
+            return None
+        wall, busy, own = (after - before for after, before in zip(now, self.start, strict=True))
+        return max(0.0, busy - own) / wall if wall > 0 else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        try:
+            with open("/proc/stat") as stat:
+                ticks = [int(word) for word in stat.readline().split()[1:9]]
+            per_second = os.sysconf("SC_CLK_TCK")
+        except (AttributeError, OSError, ValueError):
+            return None
+        # user, nice, system, irq, softirq, steal; idle and iowait are the rest.
+        busy = sum(ticks[i] for i in (0, 1, 2, 5, 6, 7)) / per_second
+        return time.perf_counter(), busy, time.process_time()
 
 
 class Clock(Protocol):
@@ -130,8 +163,8 @@ def race(
 ) -> dict[str, Timing]:
     """Times contestants against each other, so that a slow spell of the machine falls on all of them.
 
-    A round runs each contestant once, in an order shuffled anew, and every call takes the next input set, so that a
-    set comes back only after all the others were read. Python's garbage collector rests meanwhile.
+    A round runs each contestant once, in an order shuffled anew, and every call takes the next input set, so
+    that a set comes back only after all the others were read. Python's garbage collector rests meanwhile.
 
     Args:
         contestants: What to time; names must differ.

@@ -49,14 +49,22 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model: token ids [B, L] -> logits [B, L, V]."""
+    """A causal language model: token ids [B, L] -> logits [B, L, V].
+
+    Args:
+        vocab: V.
+        context: The longest L.
+        shape: Layers, width and heads.
+        prior: Probabilities [V] that an untrained model predicts, about; uniform where None.
+    """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, vocab: int, context: int, shape: Shape) -> None:
+    def __init__(self, vocab: int, context: int, shape: Shape, prior: Tensor | None = None) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, shape.width)
+        self.bias = nn.Parameter(torch.zeros(vocab) if prior is None else prior.log())
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width)
         half = shape.width // shape.heads // 2
@@ -71,8 +79,9 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, L, V]."""
-        x = self.embed(ids)
+        # Normed, so that the embeddings, small enough to be tied to the head, aren't drowned by the first block's output.
+        x = F.rms_norm(self.embed(ids), (self.embed.embedding_dim,))
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin)
-        return F.linear(self.norm(x), self.embed.weight)
+        return F.linear(self.norm(x), self.embed.weight, self.bias)

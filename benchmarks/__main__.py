@@ -1,0 +1,26 @@
+"""``python -m benchmarks NAME [options]``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {"logits": "the losses on logits: time, bandwidth, page faults, peak memory, error"}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the named benchmark and returns its exit status."""
+    if not arguments or arguments[0] not in BENCHMARKS:
+        listed = "\n".join(f"  {name:10}{what}" for name, what in BENCHMARKS.items())
+        asked = arguments and arguments[0] in ("-h", "--help")
+        print(
+            f"usage: python -m benchmarks NAME [options]\n\n{listed}",
+            file=sys.stdout if asked else sys.stderr,
+        )
+        return 0 if asked else 2
+    module = importlib.import_module(f"benchmarks.{arguments[0]}")
+    return int(module.main(arguments[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,591 @@
+"""``python -m benchmarks logits``: what a loss on logits costs, forward + backward, beside what people use.
+
+Each case (shape, dtype, objective) is timed in one process, its contestants interleaved round by round with
+the triad that is their ceiling; once with the allocator as it comes, once, in another process, with glibc's
+thresholds raised. A contestant that is wrong against fp64 is shown as wrong and never timed. Peak memory is
+taken in a process of its own for each contestant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from benchmarks import eager
+from benchmarks.logits_report import BUSY, SMALL, SMALLEST_FOR_MEMORY, markdown, notes, tables, targets
+from kdkernels import bench
+from kdkernels.bench import roofline
+from kdkernels.bench.report import command_line
+
+RESULTS = Path(__file__).parent / "results"
+SCHEMA = 1
+
+LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+Send = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: T² · D at temperature T, plus `hard_weight` times the cross-entropy at T = 1."""
+
+    divergence: str
+    temperature: float = 1.0
+    hard_weight: float = 0.0
+
+
+OBJECTIVES = {
+    "forward_kl": Objective("forward_kl"),
+    "reverse_kl": Objective("reverse_kl"),
+    "soft_cross_entropy": Objective("soft_cross_entropy"),
+    "jsd": Objective("jsd"),
+    "forward_kl+hard": Objective("forward_kl", temperature=2.0, hard_weight=0.1),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHAPES = ((256, 32000), (64, 128256), SMALL)
+
+# How far a contestant may be from fp64 before it is called wrong: the loss relative to itself, the gradient
+# relative to the largest entry of its row. fp32 spellings measure up to 2e-6 and 2e-5; one bf16 rounding is
+# 2^-9 of an entry, and eager spellings round twice. A forgotten T² or a missing hard term is off by more than
+# 1e-2.
+TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (1e-5, 2**-7)}
+
+ALLOCATORS = ("default", "raised")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape, dtype and objective."""
+
+    rows: int
+    vocab: int
+    dtype: str
+    objective: str
+
+    @property
+    def tensor_bytes(self) -> int:
+        return roofline.tensor_bytes(self.rows, self.vocab, DTYPES[self.dtype])
+
+    @property
+    def traffic_bytes(self) -> int:
+        return roofline.traffic_bytes(self.rows, self.vocab, DTYPES[self.dtype])
+
+    def __str__(self) -> str:
+        return f"({self.rows}, {self.vocab}) {self.dtype} {self.objective}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A contestant: a spelling of the eager loss, that compiled, or a backend of kdkernels."""
+
+    family: str
+    spelling: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.spelling}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for a whole run, and travels to its processes."""
+
+    device: str
+    threads: int
+    min_rounds: int
+    min_seconds: float
+
+
+def build(method: Method, objective: Objective) -> LossFn:
+    """The loss as a function of student logits, teacher logits and labels."""
+    temperature, hard_weight = objective.temperature, objective.hard_weight
+    if method.family == "kdkernels":
+        options: dict[str, Any] = {
+            "divergence": objective.divergence,
+            "temperature": temperature,
+            "backend": method.spelling,
+        }
+        if hard_weight:
+            return lambda z, v, labels: kd.kd_loss(z, v, labels, hard_weight=hard_weight, **options)
+        return lambda z, v, labels: kd.kd_loss(z, v, **options)
+    spelled = eager.SPELLINGS[objective.divergence][method.spelling]
+    if method.family == "torch.compile":
+        import torch._inductor.config
+
+        # A pool of compiler processes would outlive its work and sit beside the timing.
+        torch._inductor.config.compile_threads = 1
+        torch._dynamo.reset()
+        spelled = torch.compile(spelled, dynamic=False)
+    return lambda z, v, labels: spelled(z, v, labels, temperature, hard_weight)
+
+
+def step(loss: LossFn, z: Tensor, v: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Forward and backward: the loss, and the gradient with respect to the student's logits."""
+    value = loss(z, v, labels)
+    (gradient,) = torch.autograd.grad(value, z)
+    return value, gradient
+
+
+def methods_for(
+    objective: Objective, device: torch.device, compiled: bool
+) -> tuple[list[Method], dict[str, str]]:
+    """The contestants of an objective, and the backends that can't run it with their reasons."""
+    methods = [Method("eager", name) for name in eager.SPELLINGS[objective.divergence]]
+    if compiled:
+        methods += [Method("torch.compile", name) for name in eager.COMPILED[objective.divergence]]
+    logits = torch.zeros(1, 2, device=device)
+    reasons = kd.explain(logits, logits, divergence=objective.divergence).reasons
+    methods += [Method("kdkernels", name) for name in reversed(reasons) if reasons[name] is None]
+    return methods, {name: why for name, why in reasons.items() if why is not None}
+
+
+def default_backend(objective: Objective, device: torch.device) -> str:
+    """The name of the contestant that `kd_loss` would run by itself."""
+    logits = torch.zeros(1, 2, device=device)
+    return Method("kdkernels", kd.explain(logits, logits, divergence=objective.divergence).backend).name
+
+
+class Inputs:
+    """Logits of one shape and dtype in several places in memory, so that no call finds its own in a cache."""
+
+    def __init__(self, rows: int, vocab: int, dtype: str, device: torch.device, sets: int) -> None:
+        generator = torch.Generator().manual_seed(rows * vocab)
+        teacher = torch.randn(rows, vocab, generator=generator) * 2.5
+        # A student on its way: correlated with its teacher, KL about 0.8 nats.
+        student = teacher * 0.7 + torch.randn(rows, vocab, generator=generator)
+        self.labels = torch.randint(vocab, (rows,), generator=generator).to(device)
+        teacher, student = (t.to(device, DTYPES[dtype]) for t in (teacher, student))
+        self.sets = [(student.clone().requires_grad_(), teacher.clone()) for _ in range(sets)]
+
+    def step(self, loss: LossFn) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Forward and backward of a loss on the set of a given number."""
+        return lambda number: step(loss, *self.sets[number], self.labels)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a contestant is from fp64, and what is wrong with it, if anything."""
+
+    loss_error: float | None
+    gradient_error: float | None
+    problem: str | None
+
+
+def judge(loss: LossFn, inputs: Inputs, dtype: str, truth: tuple[float, Tensor]) -> Verdict:
+    """Runs a contestant once and compares loss and gradient with the truth."""
+    try:
+        value, gradient = inputs.step(loss)(0)
+    except Exception as raised:
+        return Verdict(None, None, f"failed: {_last_line(traceback.format_exception_only(raised)[-1])}")
+    true_value, true_gradient = truth
+    loss_error = abs(value.item() - true_value) / abs(true_value)
+    gradient_error = 0.0
+    for start in range(0, gradient.shape[0], 32):
+        part = slice(start, start + 32)
+        wanted = true_gradient[part]
+        off = (gradient[part].cpu().double() - wanted).abs().amax(-1) / wanted.abs().amax(-1)
+        # max() would drop a NaN.
+        gradient_error = float("nan") if off.isnan().any() else max(gradient_error, off.max().item())
+        if gradient_error != gradient_error:
+            break
+    for what, error, allowed in zip(
+        ("loss", "gradient"), (loss_error, gradient_error), TOLERANCE[dtype], strict=True
+    ):
+        if not error <= allowed:
+            return Verdict(
+                _finite(loss_error),
+                _finite(gradient_error),
+                f"wrong: {what} off by {error:.1e}, allowed {allowed:.1e}",
+            )
+    return Verdict(loss_error, gradient_error, None)
+
+
+def _last_line(message: str) -> str:
+    return message.strip().splitlines()[-1][:200]
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
+
+
+def time_case(
+    case: Case,
+    losses: dict[str, LossFn],
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    check: bool = True,
+    on_round: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Checks the contestants of one case, and times those that are right against the triad and each other.
+
+    Returns:
+        `verdicts` by contestant, empty without `check`; `times` by contestant and `triad`, the best of its
+        spellings; `other_cpus`, what the rest of the machine was doing meanwhile.
+    """
+    objective = OBJECTIVES[case.objective]
+    verdicts: dict[str, Verdict] = {}
+    if check:
+        z, v = inputs.sets[0]
+        truth = eager.truth(
+            objective.divergence, z, v, inputs.labels, objective.temperature, objective.hard_weight
+        )
+        verdicts = {name: judge(loss, inputs, case.dtype, truth) for name, loss in losses.items()}
+        losses = {name: loss for name, loss in losses.items() if verdicts[name].problem is None}
+    contestants = [bench.Contestant(name, inputs.step(loss)) for name, loss in losses.items()]
+    triads = bench.triad(inputs.sets)
+    neighbours = bench.Neighbours()
+    timings = bench.race(
+        contestants + triads,
+        sets=len(inputs.sets),
+        clock=bench.clock_for(torch.device(settings.device)),
+        min_rounds=settings.min_rounds,
+        min_seconds=settings.min_seconds,
+        on_round=on_round,
+    )
+    best = min((c.name for c in triads), key=lambda name: timings[name].best)
+    ceiling = bench.gigabytes_per_second(case.traffic_bytes, timings[best].best)
+    return {
+        "verdicts": {name: asdict(verdict) for name, verdict in verdicts.items()},
+        "times": {name: figures(case, timings[name], ceiling) for name in losses},
+        "triad": {"spelling": best, **figures(case, timings[best], ceiling)},
+        "other_cpus": neighbours.cpus(),
+    }
+
+
+def figures(case: Case, timing: bench.Timing, ceiling: float) -> dict[str, Any]:
+    """The figures of one contestant, for the report."""
+    speed = bench.gigabytes_per_second(case.traffic_bytes, timing.best)
+    return {
+        "best_ms": timing.best * 1e3,
+        "median_ms": timing.median * 1e3,
+        "spread": timing.spread,
+        "rounds": len(timing.seconds),
+        "gb_per_s": speed,
+        "triad_share": speed / ceiling,
+        "page_faults": timing.median_faults,
+    }
+
+
+def _prepare(settings: Settings) -> torch.device:
+    torch.set_num_threads(settings.threads)
+    warnings.simplefilter("ignore", UserWarning)
+    return torch.device(settings.device)
+
+
+def times_process(
+    send: Send, plan: list[tuple[Case, list[Method]]], settings: Settings, allocator: str, check: bool
+) -> None:
+    """Times the cases of a plan and sends each as it is done. Runs in a process of its own."""
+    if allocator == "raised" and not bench.raise_malloc_thresholds():
+        raise OSError("mallopt refused the thresholds")
+    device = _prepare(settings)
+    inputs, built_for = None, None
+    for case, methods in plan:
+        send(("now", str(case)))
+        if built_for != (case.rows, case.vocab, case.dtype):
+            built_for = (case.rows, case.vocab, case.dtype)
+            inputs = None  # frees the last ones first
+            sets = bench.input_sets(
+                2 * case.tensor_bytes, roofline.last_level_cache_bytes(device), roofline.free_bytes(device)
+            )
+            inputs = Inputs(*built_for, device, sets)
+        assert inputs is not None
+        losses = {method.name: build(method, OBJECTIVES[case.objective]) for method in methods}
+        result = time_case(
+            case, losses, inputs, settings, check=check, on_round=lambda number: send(("round", number))
+        )
+        result["sets"] = len(inputs.sets)
+        send(("case", case, result))
+
+
+def memory_process(
+    send: Send, case: Case, method: Method, settings: Settings, measure: bool
+) -> bench.Peak | None:
+    """Peak memory of one step, or just the compiler's cache filled. Runs in a process of its own."""
+    device = _prepare(settings)
+    inputs = Inputs(case.rows, case.vocab, case.dtype, device, sets=1)
+    run = inputs.step(build(method, OBJECTIVES[case.objective]))
+    if not measure:
+        run(0)
+        return None
+    return bench.peak_growth(lambda: run(0), device)
+
+
+def measure_memory(
+    plan: list[tuple[Case, list[Method]]], settings: Settings, progress: bench.Progress
+) -> dict[tuple[Case, str], bench.Peak | str | None]:
+    """Peak memory of the contestants of the cases that are large enough; a string says what went wrong.
+
+    In units of a gradient, the peers' peak is the same for every large shape: they are measured on the first one of
+    each dtype, kdkernels on all.
+
+    As many processes at once as there are CPUs: nothing is timed here, and compiled contestants leave their
+    code in the compiler's cache for those who are timed.
+    """
+    first: dict[str, tuple[int, int]] = {}
+    jobs: list[tuple[Case, Method, bool]] = []
+    for case, methods in plan:
+        large = case.tensor_bytes >= SMALLEST_FOR_MEMORY
+        peers = large and first.setdefault(case.dtype, (case.rows, case.vocab)) == (case.rows, case.vocab)
+        for method in methods:
+            measure = large if method.family == "kdkernels" else peers
+            if measure or method.family == "torch.compile":
+                jobs.append((case, method, measure))
+    peaks: dict[tuple[Case, str], bench.Peak | str | None] = {}
+
+    def run(job: tuple[Case, Method, bool]) -> bench.Peak | str | None:
+        case, method, measure = job
+        try:
+            return bench.run_isolated(memory_process, case, method, settings, measure, preload=PRELOAD)
+        except bench.ProcessDied as error:
+            return f"failed: {_last_line(str(error))}"
+
+    workers = 1 if settings.device != "cpu" else max(1, os.cpu_count() or 1)
+    with progress.phase("peak memory, compiling", len(jobs)), ThreadPoolExecutor(workers) as pool:
+        try:
+            for (case, method, measured), peak in zip(jobs, pool.map(run, jobs), strict=True):
+                progress.step(f"{case} {method.name}")
+                if measured:
+                    peaks[case, method.name] = peak
+        except BaseException:
+            # Interrupted: leaving the pool would otherwise wait for every job that is still in line.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return peaks
+
+
+PRELOAD = ("torch", "benchmarks.logits")
+
+
+def measure_times(
+    plan: list[tuple[Case, list[Method]]],
+    settings: Settings,
+    allocator: str,
+    progress: bench.Progress,
+    *,
+    check: bool,
+    stopped: list[str],
+) -> dict[Case, dict[str, Any]]:
+    """Runs `times_process` and collects what it sends; where it dies, `stopped` says so, and the rest is kept."""
+    results: dict[Case, dict[str, Any]] = {}
+    label = "timing, allocator as it comes" if allocator == "default" else "timing, thresholds raised"
+    with progress.phase(label, len(plan) * settings.min_rounds):
+        current = ""
+
+        def receive(message: tuple[Any, ...]) -> None:
+            nonlocal current
+            if message[0] == "now":
+                current = message[1]
+                progress.step(current, 0)
+            elif message[0] == "round" and message[1] < settings.min_rounds:
+                progress.step(current)
+            elif message[0] == "case":
+                results[message[1]] = message[2]
+                progress.say(summary(message[1], message[2]))
+
+        try:
+            bench.run_isolated(
+                times_process, plan, settings, allocator, check, on_message=receive, preload=PRELOAD
+            )
+        except bench.ProcessDied as error:
+            stopped.append(f"{label}: stopped at {current or 'the start'}: {_last_line(str(error))}")
+            progress.say(stopped[-1])
+    return results
+
+
+def summary(case: Case, result: dict[str, Any]) -> str:
+    """One line about a case that is done."""
+    parts = [f"triad {result['triad']['gb_per_s']:.1f} GB/s"]
+    for family in ("eager", "torch.compile", "kdkernels"):
+        of_family = {n: t for n, t in result["times"].items() if n.startswith(family + " ")}
+        if of_family:
+            name = min(of_family, key=lambda n: of_family[n]["best_ms"])
+            parts.append(f"{name} {of_family[name]['best_ms']:.3g} ms")
+    wrong = [n for n, v in result["verdicts"].items() if v["problem"]]
+    if (result["other_cpus"] or 0.0) > BUSY:
+        parts.append(f"machine busy: others used {result['other_cpus']:.1f} CPUs")
+    return f"  {case}: " + ", ".join(parts) + (f"; not timed: {', '.join(wrong)}" if wrong else "")
+
+
+def case_document(
+    case: Case,
+    methods: list[Method],
+    ours: str,
+    timed: dict[str, dict[str, Any] | None],
+    peaks: dict[tuple[Case, str], bench.Peak | str | None],
+) -> dict[str, Any]:
+    """All figures of one case as a JSON object; `timed` holds its result for each allocator, or None."""
+    objective = OBJECTIVES[case.objective]
+    first = timed["default"] or {"verdicts": {}, "times": {}, "triad": None, "sets": 0}
+    entries = []
+    for method in methods:
+        peak = peaks.get((case, method.name))
+        entries.append(
+            {
+                "name": method.name,
+                "family": method.family,
+                "spelling": method.spelling,
+                **first["verdicts"].get(
+                    method.name, {"loss_error": None, "gradient_error": None, "problem": "not measured"}
+                ),
+                "times": {
+                    allocator: result["times"].get(method.name) if result else None
+                    for allocator, result in timed.items()
+                },
+                "peak_tensors": peak.bytes / case.tensor_bytes if isinstance(peak, bench.Peak) else None,
+                "peak_method": peak.method if isinstance(peak, bench.Peak) else peak,
+            }
+        )
+    return {
+        "shape": [case.rows, case.vocab],
+        "dtype": case.dtype,
+        "objective": case.objective,
+        "divergence": objective.divergence,
+        "temperature": objective.temperature,
+        "hard_weight": objective.hard_weight,
+        "tensor_bytes": case.tensor_bytes,
+        "traffic_bytes": case.traffic_bytes,
+        "input_sets": first["sets"],
+        "input_bytes": first["sets"] * 2 * case.tensor_bytes,
+        "other_cpus": {
+            allocator: result["other_cpus"] if result else None for allocator, result in timed.items()
+        },
+        "triad": {allocator: result["triad"] if result else None for allocator, result in timed.items()},
+        "ours": ours,
+        "methods": entries,
+    }
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, vocab = text.lower().partition("x")
+    try:
+        shape = int(rows), int(vocab)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a shape is ROWSxVOCAB, such as 256x32000, got {text!r}") from None
+    if min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"rows and vocabulary must be >= 1, got {text!r}")
+    return shape
+
+
+def _threads(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number >= 1, got {text!r}")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks logits", description=__doc__)
+    p.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="ROWSxVOCAB", help="default: 256x32000 64x128256 16x1000"
+    )
+    p.add_argument("--divergences", nargs="+", choices=OBJECTIVES, help="default: all of them")
+    p.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: all of them")
+    p.add_argument(
+        "--threads", type=_threads, default=min(2, os.cpu_count() or 1), help="of torch; default %(default)s"
+    )
+    p.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
+    p.add_argument(
+        "--json", type=Path, metavar="PATH", help="where to write the figures; a .md is written beside it"
+    )
+    p.add_argument(
+        "--quick", action="store_true", help="seconds: the small shape, fp32, KL and JSD, nothing compiled"
+    )
+    p.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark and returns its exit status."""
+    options = parser().parse_args(arguments)
+    name = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    settings = Settings(
+        str(device), options.threads, 5 if options.quick else 20, 0.0 if options.quick else 0.5
+    )
+    shapes = options.shapes or ([SMALL] if options.quick else list(SHAPES))
+    dtypes = options.dtypes or (["float32"] if options.quick else list(DTYPES))
+    objectives = options.divergences or (["forward_kl", "jsd"] if options.quick else list(OBJECTIVES))
+    environment = bench.environment(device, settings.threads)
+
+    plan: list[tuple[Case, list[Method]]] = []
+    unavailable: dict[str, str] = {}
+    for rows, vocab in dict.fromkeys(shapes):
+        for dtype in dict.fromkeys(dtypes):
+            for objective in dict.fromkeys(objectives):
+                methods, reasons = methods_for(OBJECTIVES[objective], device, compiled=not options.quick)
+                unavailable.update(reasons)
+                plan.append((Case(rows, vocab, dtype, objective), methods))
+
+    progress = bench.Progress()
+    peaks = measure_memory(plan, settings, progress)
+    timed: dict[str, dict[Case, dict[str, Any]]] = {}
+    stopped: list[str] = []
+    timed["default"] = measure_times(plan, settings, "default", progress, check=True, stopped=stopped)
+    if device.type == "cpu":
+        rested = Method("kdkernels", "reference")
+        fit = [
+            (case, [m for m in methods if m.name in timed["default"][case]["times"] and m != rested])
+            for case, methods in plan
+            if case in timed["default"]
+        ]
+        timed["raised"] = measure_times(fit, settings, "raised", progress, check=False, stopped=stopped)
+
+    cases = [
+        case_document(
+            case,
+            methods,
+            default_backend(OBJECTIVES[case.objective], device),
+            {allocator: timed.get(allocator, {}).get(case) for allocator in ALLOCATORS},
+            peaks,
+        )
+        for case, methods in plan
+    ]
+    found = targets(cases)
+    document = {
+        "schema": SCHEMA,
+        "command": command_line("benchmarks", ["logits", *(arguments or [])]),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "kdkernels": kd.__version__,
+        "environment": environment,
+        "settings": {
+            **asdict(settings),
+            "quick": options.quick,
+            "cache_bytes": roofline.last_level_cache_bytes(device),
+            "unavailable": unavailable,
+            "stopped": stopped,
+        },
+        "phases_s": progress.seconds,
+        "cases": cases,
+        "targets": [asdict(t) for t in found],
+    }
+    for line in notes(document):
+        print(line)
+    for title, head, rows_, left in tables(document):
+        bench.print_table(title, head, rows_, left)
+    # A run of a selection doesn't overwrite the committed figures of a whole one.
+    whole = not (options.quick or options.shapes or options.dtypes or options.divergences)
+    path = options.json or (RESULTS / f"logits-{device.type}.json" if whole else None)
+    if path is not None:
+        bench.write_json(path, document)
+        path.with_suffix(".md").write_text(markdown(document))
+        print(f"written: {path} and {path.with_suffix('.md')}")
+    missed = [t for t in found if t.met is False]
+    undecided = [t for t in found if t.met is None]
+    if missed:
+        print(f"{len(missed)} of {len(found)} targets missed: {'; '.join(t.name for t in missed)}")
+    if undecided:
+        print(f"{len(undecided)} of {len(found)} targets undecided, the machine was busy")
+    return 1 if options.check and (missed or undecided) else 0

@@ -1,0 +1,103 @@
+"""The numbers of the demo, each with what it was chosen by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from .model import Shape
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained.
+
+    Attributes:
+        shape: Its size.
+        steps: Optimizer steps.
+        learning_rate: AdamW's, at its highest.
+        warmup: Steps over which the rate rises from 0; then it falls to 0 along a line.
+        weight_decay: On matrices only.
+        clip: The largest norm of the gradient.
+    """
+
+    shape: Shape
+    steps: int
+    learning_rate: float
+    warmup: int = 20
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The distillation objective: soft_weight · T² · KL(p‖q) + hard_weight · cross-entropy."""
+
+    temperature: float = 1.0
+    soft_weight: float = 0.9
+    hard_weight: float = 0.1
+
+
+@dataclass(frozen=True)
+class Head:
+    """One size at which the loss alone is measured."""
+
+    rows: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run.
+
+    Attributes:
+        vocab: Entries of the tokenizer that the models are trained with.
+        context: Tokens of a window.
+        windows: Windows of a step; a step has windows · context tokens.
+        teacher: How the teacher is trained.
+        student: How each student is trained, whatever its objective.
+        seeds: Each gives every objective one student, with the same initial weights and batches.
+        mix: The objective of the distilled students.
+        heldout_windows: Windows of the held-out files that the table's figures are scored on.
+        validation_windows: Windows of the validation files that the learning curves are drawn from.
+        validate_every: Steps between two points of those curves.
+        heads: The sizes at which the loss head is measured.
+        head_repeats: Timed calls for each; the table has the median.
+    """
+
+    vocab: int = 8192
+    context: int = 128
+    windows: int = 8
+    teacher: Recipe = field(default_factory=lambda: Recipe(Shape(4, 256, 4), steps=300, learning_rate=2e-3))
+    student: Recipe = field(default_factory=lambda: Recipe(Shape(2, 128, 2), steps=100, learning_rate=4e-3))
+    seeds: tuple[int, ...] = (0, 1, 2)
+    mix: Mix = field(default_factory=Mix)
+    heldout_windows: int = 384
+    validation_windows: int = 32
+    validate_every: int = 20
+    # Both logits tensors and the gradient take 3 × 131 MB at either size, so that a machine with 8 GB measures both.
+    heads: tuple[Head, ...] = (Head(1024, 32_768), Head(256, 128_256))
+    head_repeats: int = 15
+
+
+# The steps that `Config` gives the models and how long a run with them takes on 2 CPU cores, of which FIXED is not training.
+MINUTES = 6.0
+FIXED_MINUTES = 2.0
+
+
+def config_for(minutes: float = MINUTES, seeds: int = 3) -> Config:
+    """The configuration that takes about `minutes` on 2 CPU cores: more steps, nothing else.
+
+    Raises:
+        ValueError: fewer minutes than the default, or fewer than two seeds, which have no spread.
+    """
+    if minutes < MINUTES:
+        raise ValueError(f"--minutes must be at least {MINUTES:g}, got {minutes:g}")
+    if seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, so that there is a spread to compare with, got {seeds}")
+    config = Config(seeds=tuple(range(seeds)))
+    factor = (minutes - FIXED_MINUTES) / (MINUTES - FIXED_MINUTES)
+    return replace(
+        config,
+        teacher=replace(config.teacher, steps=round(config.teacher.steps * factor)),
+        student=replace(config.student, steps=round(config.student.steps * factor)),
+    )
