@@ -225,10 +225,11 @@ SPELLINGS: dict[str, dict[str, Loss]] = {
     },
 }
 
-# What torch.compile is given: what came out fastest on two cores at (256, 32000) in fp32. For forward KL and JSD,
-# which the targets name, an autograd spelling (24 ms against 34 for kl_div; JSD in probability space 87 ms, with
-# logaddexp 344) and the closed form, which Inductor fuses further than autograd's own gradient; for the others the
-# better of the two (busy machine: reverse KL 76 ms against 87, soft cross-entropy 51 against 69).
+# What torch.compile is given: what came out fastest on two cores at (256, 32000) in fp32. For forward KL and
+# JSD, which the targets name, an autograd spelling (24 ms against 34 for kl_div; JSD in probability space 87
+# ms, with logaddexp 344) and the closed form, which Inductor fuses further than autograd's own gradient; for
+# the others the better of the two (busy machine: reverse KL 76 ms against 87, soft cross-entropy 51 against
+# 69).
 COMPILED: dict[str, tuple[str, ...]] = {
     "forward_kl": ("log_target", "closed_form"),
     "reverse_kl": ("closed_form",),

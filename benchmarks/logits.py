@@ -328,8 +328,8 @@ def measure_memory(
 ) -> dict[tuple[Case, str], bench.Peak | str | None]:
     """Peak memory of the contestants of the cases that are large enough; a string says what went wrong.
 
-    In units of a gradient, the peers' peak is the same for every large shape: they are measured on the first one of
-    each dtype, kdkernels on all.
+    In units of a gradient, the peers' peak is the same for every large shape: they are measured on the first
+    one of each dtype, kdkernels on all.
 
     As many processes at once as there are CPUs: nothing is timed here, and compiled contestants leave their
     code in the compiler's cache for those who are timed.
@@ -378,7 +378,7 @@ def measure_times(
     check: bool,
     stopped: list[str],
 ) -> dict[Case, dict[str, Any]]:
-    """Runs `times_process` and collects what it sends; where it dies, `stopped` says so, and the rest is kept."""
+    """Runs `times_process` and collects what it sends; if it dies, `stopped` says so, the rest is kept."""
     results: dict[Case, dict[str, Any]] = {}
     label = "timing, allocator as it comes" if allocator == "default" else "timing, thresholds raised"
     with progress.phase(label, len(plan) * settings.min_rounds):

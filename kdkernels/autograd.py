@@ -1,8 +1,9 @@
 """The autograd Functions of the fused backends, and nothing else.
 
-Forward writes the gradient in the same pass as the loss and saves only that: both logits tensors can die. float16 is
-the exception: the loss scale arrives with the upstream gradient, after the rounding would have been made, so there
-forward saves the rows' statistics and backward computes the gradient with the upstream factor applied first.
+Forward writes the gradient in the same pass as the loss and saves only that: both logits tensors can die.
+float16 is the exception: the loss scale arrives with the upstream gradient, after the rounding would have
+been made, so there forward saves the rows' statistics and backward computes the gradient with the upstream
+factor applied first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from .spec import LossSpec
 
 
 def _graph_is_kept() -> bool:
-    # Private, and so guarded: without it every backward scales out of place, which is right and one tensor dearer.
+    # Private, and so guarded: without it every backward scales out of place, which is right and one tensor
+    # dearer.
     query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if query is None else query()
 
@@ -24,8 +26,8 @@ def _graph_is_kept() -> bool:
 class KDFunction(torch.autograd.Function):
     """The loss of a fused backend, differentiable once with respect to the student's raw logits.
 
-    `forward` returns the loss, the stats (or None), and what backward needs: the gradient at an upstream gradient of 1,
-    or for float16 the rows' statistics.
+    `forward` returns the loss, the stats (or None), and what backward needs: the gradient at an upstream
+    gradient of 1, or for float16 the rows' statistics.
     """
 
     @staticmethod

@@ -1,14 +1,15 @@
 """The table of divergences: each is a pair of expressions over one class.
 
-`phi(lq, lp)` is the class's share of the divergence, D = Σ phi, and `g(lq, lp)` = ∂phi/∂lq. With q the student's
-probabilities, lq their logs, p and lp the teacher's, the gradient with respect to the student's logits of any D is
+`phi(lq, lp)` is the class's share of the divergence, D = Σ phi, and `g(lq, lp)` = ∂phi/∂lq. With q the
+student's probabilities, lq their logs, p and lp the teacher's, the gradient with respect to the student's
+logits of any D is
 
     dz = (g − q · Σ g) / T
 
-so everything around the pair (softmax, temperature, masks, labels, weights, reductions) is written once per backend.
-The expressions use `xp.exp`, `log`, `log1p`, `where`, `abs` and `maximum` only: `xp` is torch here, and a backend that
-compiles them binds it to its own namespace. Guards against 0 · inf stand inside the product (`p * where(p > 0, ..., 0)`),
-so that autograd of `phi` has no NaN in a branch that was not taken.
+so everything around the pair (softmax, temperature, masks, labels, weights, reductions) is written once per
+backend. The expressions use `xp.exp`, `log`, `log1p`, `where`, `abs` and `maximum` only: `xp` is torch here,
+and a backend that compiles them binds it to its own namespace. Guards against 0 · inf stand inside the
+product (`p * where(p > 0, ..., 0)`), so that autograd of `phi` has no NaN in a branch that was not taken.
 """
 
 from __future__ import annotations
@@ -20,38 +21,45 @@ from typing import Any, Protocol, runtime_checkable
 import torch as xp
 
 
-def phi_forward_kl(lq, lp):
+def phi_forward_kl(lq: Any, lp: Any) -> Any:
+    """φ = p (lp − lq)."""
     p = xp.exp(lp)
     return p * xp.where(p > 0, lp - lq, 0.0)
 
 
-def g_forward_kl(lq, lp):
+def g_forward_kl(lq: Any, lp: Any) -> Any:
+    """∂φ/∂lq = −p."""
     return -xp.exp(lp)
 
 
-def phi_soft_cross_entropy(lq, lp):
+def phi_soft_cross_entropy(lq: Any, lp: Any) -> Any:
+    """φ = −p lq."""
     p = xp.exp(lp)
     return -p * xp.where(p > 0, lq, 0.0)
 
 
-def g_soft_cross_entropy(lq, lp):
+def g_soft_cross_entropy(lq: Any, lp: Any) -> Any:
+    """∂φ/∂lq = −p."""
     return -xp.exp(lp)
 
 
-def phi_reverse_kl(lq, lp):
+def phi_reverse_kl(lq: Any, lp: Any) -> Any:
+    """φ = q (lq − lp)."""
     q = xp.exp(lq)
     return q * xp.where(q > 0, lq - lp, 0.0)
 
 
-def g_reverse_kl(lq, lp):
+def g_reverse_kl(lq: Any, lp: Any) -> Any:
+    """∂φ/∂lq = q (lq − lp) + q."""
     q = xp.exp(lq)
     return q * xp.where(q > 0, lq - lp, 0.0) + q
 
 
-def phi_jsd(lq, lp, beta):
-    # With d = lp − lq and m = βp + (1−β)q: lq − lm = −log(β·e^d + 1 − β), lp − lm = d + (lq − lm). Taking the exponential
-    # of −|d| keeps both finite at any margin, and log1p keeps them accurate where p is near q. Every branch takes the same
-    # side at d = 0 (abs would not), so that autograd is right there too.
+def phi_jsd(lq: Any, lp: Any, beta: float) -> Any:
+    """φ = β p (lp − lm) + (1−β) q (lq − lm)."""
+    # With d = lp − lq and m = βp + (1−β)q: lq − lm = −log(β·e^d + 1 − β), lp − lm = d + (lq − lm). Taking the
+    # exponential of −|d| keeps both finite at any margin, and log1p keeps them accurate where p is near q.
+    # Every branch takes the same side at d = 0 (abs would not), so that autograd is right there too.
     p = xp.exp(lp)
     q = xp.exp(lq)
     d = lp - lq
@@ -62,7 +70,8 @@ def phi_jsd(lq, lp, beta):
     return beta * p * lp_lm + (1.0 - beta) * q * lq_lm
 
 
-def g_jsd(lq, lp, beta):
+def g_jsd(lq: Any, lp: Any, beta: float) -> Any:
+    """∂φ/∂lq = (1−β) q (lq − lm); the other terms cancel."""
     q = xp.exp(lq)
     d = lp - lq
     t = xp.exp(xp.where(d < 0, d, -d)) - 1.0
@@ -96,10 +105,12 @@ class Parametrised(Protocol):
     """A divergence with parameters: it names its row of the table and gives their values, in order."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The row of the table."""
 
     @property
-    def params(self) -> tuple[float, ...]: ...
+    def params(self) -> tuple[float, ...]:
+        """The values of the row's parameters."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,8 @@ class JSD:
 
     Formula: β·KL(p‖m) + (1−β)·KL(q‖m), m = β·p + (1−β)·q, with p the teacher and q the student, in nats.
     Gradient with respect to the student's logits, T² included: T·(1−β)·q·(ℓ − ⟨q, ℓ⟩), ℓ = log(q/m).
-    Source: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, equation 1 (there with p the student).
+    Source: Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, equation 1 (there with p
+        the student).
 
     Args:
         beta: The teacher's share of the mixture, 0 < beta < 1.
@@ -144,7 +156,8 @@ DEFAULTS: dict[str, Parametrised] = {"jsd": JSD()}
 def gkd(beta: float) -> str | JSD:
     """The divergence that GKD calls β, for those who come from TRL or Liger.
 
-    Formula: forward KL(p‖q) at 0, reverse KL(q‖p) at 1, `JSD(beta)` between. (JSD itself tends to 0 at both ends; the
+    Formula: forward KL(p‖q) at 0, reverse KL(q‖p) at 1, `JSD(beta)` between. (JSD itself tends to 0 at both
+    ends; the
     two KLs are its limits after division by β and 1−β.)
 
     Args:

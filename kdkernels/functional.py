@@ -14,7 +14,7 @@ from torch import Tensor
 from . import reference, registry
 from .autograd import run_fused
 from .divergences import Parametrised
-from .sources import Logits, unwrap
+from .sources import Logits, PostProcessing, unwrap
 from .spec import LossSpec, make_spec
 
 Source = Tensor | Logits
@@ -26,16 +26,20 @@ _LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class KDStats:
-    """Detached figures of one call, from the same pass as the loss; every field is a 0-d tensor on the logits' device.
+    """Detached figures of one call, from the same pass as the loss.
+
+    Every field is a 0-d tensor on the logits' device.
 
     Attributes:
-        soft: The soft term before `soft_weight`, T² included, reduced as the loss is (a mean for `reduction="none"`),
-            without token weights; so loss = soft_weight · soft + hard_weight · hard where there are none.
+        soft: The soft term before `soft_weight`, T² included, reduced as the loss is (a mean for
+            `reduction="none"`), without token weights; so loss = soft_weight · soft + hard_weight · hard
+            where there are none.
         hard: The hard term before `hard_weight`, likewise; 0 without labels.
         student_entropy: Entropy of the student at temperature T, in nats, mean over counted rows.
         teacher_entropy: Entropy of the teacher at temperature T, in nats, mean over counted rows.
         agreement: Fraction of counted rows on which student and teacher have the same most probable class.
-        accuracy: Fraction of counted and labelled rows whose label is the student's most probable class; 0 if none.
+        accuracy: Fraction of counted and labelled rows whose label is the student's most probable class; 0 if
+            none.
         counted: Number of rows that count.
     """
 
@@ -101,59 +105,77 @@ def kd_loss(
 ) -> Tensor:
     """Distillation loss of student logits against teacher logits and labels, with its gradient, in one pass.
 
-    Formula: per row, soft_weight · T² · D(p, q) + hard_weight · CE(label, softmax(z)), with q = softmax(z/T) the
-    student, p = softmax(v/T) the teacher, in nats; D by `divergence`: `forward_kl` KL(p‖q), `soft_cross_entropy`
-    H(p, q) (Hinton's form, the same gradient), `reverse_kl` KL(q‖p), `kd.JSD(beta)`. The hard term is taken at T = 1.
-    T here softens both distributions in the loss; it is not a sampling temperature.
+    Formula: per row, soft_weight · T² · D(p, q) + hard_weight · CE(label, softmax(z)), with q = softmax(z/T)
+    the student, p = softmax(v/T) the teacher, in nats; D by `divergence`: `forward_kl` KL(p‖q),
+    `soft_cross_entropy` H(p, q) (Hinton's form, the same gradient), `reverse_kl` KL(q‖p), `kd.JSD(beta)`. The
+    hard term is taken at T = 1. T here softens both distributions in the loss; it is not a sampling
+    temperature.
 
-    Gradient: with respect to the student's raw logits only. For forward KL, T·(q − p) · soft_weight per row, plus
-    hard_weight · (softmax(z) − onehot), times the row's weight (1/rows for a mean); through scale and softcap where
-    the source has them. Computed in float32 (float64 for float64 logits) and rounded once to the logits' dtype.
-    Fused backends write the gradient in the forward pass, so that neither logits tensor is kept for backward
-    (float16 excepted: there the loss scale must come before the rounding, and backward recomputes).
+    Gradient: with respect to the student's raw logits only. For forward KL, T·(q − p) · soft_weight per row,
+    plus hard_weight · (softmax(z) − onehot), times the row's weight (1/rows for a mean); through scale and softcap
+    where the source has them. Computed in float32 (float64 for float64 logits) and rounded once to the
+    logits' dtype. Fused backends write the gradient in the forward pass, so that neither logits tensor is
+    kept for backward (float16 excepted: there the loss scale must come before the rounding, and backward
+    recomputes).
 
     Args:
-        student: Logits `[..., V]`, or `kd.Logits` for logits with a scale or softcap. Any leading shape and strides;
-            float32, float64, bfloat16 or float16.
-        teacher: Logits of the same shape, likewise; its dtype and strides may differ. It receives no gradient.
-        labels: Integer class of each row, `[...]`. Never shifted here: `kd.shift_labels` does that for a causal LM.
+        student: Logits `[..., V]`, or `kd.Logits` for logits with a scale or softcap. Any leading shape and
+            strides; float32, float64, bfloat16 or float16.
+        teacher: Logits of the same shape, likewise; its dtype and strides may differ. It receives no
+            gradient.
+        labels: Integer class of each row, `[...]`. Never shifted here: `kd.shift_labels` does that for a
+            causal LM.
         divergence: A string or an object such as `kd.JSD(beta=0.5)`.
         temperature: T > 0.
-        t_squared: Multiply the soft term (and so its gradient) by T², which keeps the gradient's size about the same
-            at every T.
+        t_squared: Multiply the soft term (and so its gradient) by T², which keeps the gradient's size about
+            the same at every T.
         soft_weight: Weight of the soft term.
         hard_weight: Weight of the hard term; None means 0.
-        mask: Which rows count, bool `[...]`. Default: `labels != ignore_index` where labels are given, else all.
-            Rows outside have exactly 0 loss and gradient, whatever they hold.
+        mask: Which rows count, bool `[...]`. Default: `labels != ignore_index` where labels are given, else
+            all. Rows outside have exactly 0 loss and gradient, whatever they hold.
         ignore_index: The label of rows without one. Inside an explicit mask such a row keeps its soft term.
         token_weights: Weight of each row, float `[...]`. They never enter the denominator.
-        reduction: `mean` divides the sum over rows by the number of counted rows, or by `num_items`; `sum` doesn't
-            divide; `none` gives the loss of each row, `[...]`.
-        num_items: The denominator of `mean`, a number or a 0-d tensor: the count over all accumulation steps and
-            processes (where a framework averages gradients over W ranks, pass the global count / W).
-        pad_vocab: Allow unequal vocabularies: classes beyond the smaller V leave both softmaxes, with gradient 0.
+        reduction: `mean` divides the sum over rows by the number of counted rows, or by `num_items`; `sum`
+            doesn't divide; `none` gives the loss of each row, `[...]`.
+        num_items: The denominator of `mean`, a number or a 0-d tensor: the count over all accumulation steps
+            and processes (where a framework averages gradients over W ranks, pass the global count / W).
+        pad_vocab: Allow unequal vocabularies: classes beyond the smaller V leave both softmaxes, with
+            gradient 0.
         teacher_requires_grad: A teacher that requires grad is an error, unless this says `"ignore"`.
-        backend: `"reference"`, `"cpu"`, or None to pick by device. A named backend that can't run is an error.
+        backend: `"reference"`, `"cpu"`, or None to pick by device. A named backend that can't run is an
+            error.
 
     Returns:
-        The loss in float32 (float64 for float64 logits): 0-d, or `[...]` for `reduction="none"`. With no counted rows
-        it is 0, with zero gradients.
+        The loss in float32 (float64 for float64 logits): 0-d, or `[...]` for `reduction="none"`. With no
+        counted rows it is 0, with zero gradients.
 
     Raises:
         TypeError: An argument of the wrong type, such as integer logits.
         ValueError: A shape, device or option that doesn't fit; on a CPU, a label out of range.
         RuntimeError: A named backend that can't run here.
 
-    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2 (soft targets and T²).
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2 (soft targets and
+        T²).
 
     Example:
         >>> z, v = torch.randn(4, 32000, requires_grad=True), torch.randn(4, 32000)
         >>> kd_loss(z, v, temperature=2.0).backward()
     """
-    loss, _ = _run(
-        student, teacher, labels, divergence, temperature, t_squared, soft_weight, hard_weight, mask, ignore_index,
-        token_weights, reduction, num_items, pad_vocab, teacher_requires_grad, backend, False,
-    )  # fmt: skip
+    options = {
+        "divergence": divergence,
+        "temperature": temperature,
+        "t_squared": t_squared,
+        "soft_weight": soft_weight,
+        "hard_weight": hard_weight,
+        "mask": mask,
+        "ignore_index": ignore_index,
+        "token_weights": token_weights,
+        "reduction": reduction,
+        "num_items": num_items,
+        "pad_vocab": pad_vocab,
+        "teacher_requires_grad": teacher_requires_grad,
+    }
+    loss, _ = _run(_check(student, teacher, labels, options, stats=False), backend)
     return loss
 
 
@@ -176,7 +198,8 @@ def kd_loss_with_stats(
         ValueError: As `kd_loss`.
         RuntimeError: As `kd_loss`.
     """
-    loss, stats = _run(student, teacher, labels, **{**_DEFAULTS, **_known(options)}, stats=True)
+    options = _complete(options)
+    loss, stats = _run(_check(student, teacher, labels, options, stats=True), options["backend"])
     assert stats is not None
     return loss, KDStats(*stats.unbind())
 
@@ -198,16 +221,17 @@ def explain(student: Source, teacher: Source, labels: Tensor | None = None, **op
         ValueError: As `kd_loss`.
         RuntimeError: A named backend that can't run here.
     """
-    options = {**_DEFAULTS, **_known(options)}
-    name = options.pop("backend")
-    call = _check(student, teacher, labels, **options, stats=False)
-    chosen = registry.choose(name, call.spec, call.student, call.teacher)
-    reasons = {b.name: registry.reason(b, call.spec, call.student, call.teacher) for b in registry.BACKENDS.values()}
+    options = _complete(options)
+    call = _check(student, teacher, labels, options, stats=False)
+    chosen = registry.choose(options["backend"], call.spec, call.student, call.teacher)
+    reasons = {
+        b.name: registry.reason(b, call.spec, call.student, call.teacher) for b in registry.BACKENDS.values()
+    }
     return Explanation(chosen.name, reasons)
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Labels of a causal LM moved one place left, so that row t's label is token t + 1 and logits are never sliced.
+    """Labels of a causal LM moved one place left: row t's label is token t + 1, and logits are never sliced.
 
     Args:
         labels: Token ids, `[..., S]`.
@@ -221,21 +245,33 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """
     if labels.dim() == 0:
         raise ValueError("labels must have shape [..., S], got a 0-d tensor")
-    return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index) if labels.shape[-1] else labels
+    return (
+        torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index) if labels.shape[-1] else labels
+    )
 
 
 _DEFAULTS: dict[str, Any] = {
     p.name: p.default for p in inspect.signature(kd_loss).parameters.values() if p.kind is p.KEYWORD_ONLY
 }
 _TEACHER_CHOICES = ("error", "ignore")
+_SPEC_OPTIONS = (
+    "divergence",
+    "temperature",
+    "t_squared",
+    "soft_weight",
+    "hard_weight",
+    "ignore_index",
+    "reduction",
+)
 _PER_CALL = ("mask", "token_weights", "num_items")
 
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
+def _complete(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with their defaults; an error for one that doesn't exist."""
     for name in options:
         if name not in _DEFAULTS:
             raise TypeError(f"kd_loss has no option {name!r}; it has {', '.join(_DEFAULTS)}")
-    return options
+    return {**_DEFAULTS, **options}
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -243,18 +279,26 @@ def check_options(options: dict[str, Any]) -> None:
     for name in _PER_CALL:
         if name in options:
             raise TypeError(f"{name} is given to each call of the module, not to its constructor")
-    o = {**_DEFAULTS, **_known(options)}
-    _spec(o, (1.0, None), (1.0, None), False)
-    _check_choice("teacher_requires_grad", o["teacher_requires_grad"], _TEACHER_CHOICES)
-    if o["backend"] is not None:
-        _check_choice("backend", o["backend"], tuple(registry.BACKENDS))
+    options = _complete(options)
+    _spec(options, (1.0, None), (1.0, None), stats=False)
+    _check_choice("teacher_requires_grad", options["teacher_requires_grad"], _TEACHER_CHOICES)
+    if options["backend"] is not None:
+        _check_choice("backend", options["backend"], tuple(registry.BACKENDS))
 
 
-def _spec(o: dict[str, Any], student: tuple, teacher: tuple, stats: bool) -> LossSpec:
-    return make_spec(
-        o["divergence"], o["temperature"], o["t_squared"], o["soft_weight"], o["hard_weight"], o["ignore_index"],
-        o["reduction"], student, teacher, stats,
-    )  # fmt: skip
+def _spec(options: dict[str, Any], student: PostProcessing, teacher: PostProcessing, stats: bool) -> LossSpec:
+    values = [options[name] for name in _SPEC_OPTIONS]
+    try:
+        return make_spec(*values, student, teacher, stats)
+    except TypeError as error:
+        # The record is looked up by value: an option that can't be hashed is none of the types it could be.
+        for name, value in zip(_SPEC_OPTIONS, values, strict=True):
+            if isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a Python number, got a Tensor; use {name}.item()") from None
+            if getattr(value, "__hash__", None) is None:
+                kind = "a string" if name in ("divergence", "reduction") else "a number"
+                raise TypeError(f"{name} must be {kind}, got {type(value).__name__}") from None
+        raise error
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -262,33 +306,17 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _run(
-    student, teacher, labels, divergence, temperature, t_squared, soft_weight, hard_weight, mask, ignore_index,
-    token_weights, reduction, num_items, pad_vocab, teacher_requires_grad, backend, stats,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    call = _check(
-        student, teacher, labels, divergence, temperature, t_squared, soft_weight, hard_weight, mask, ignore_index,
-        token_weights, reduction, num_items, pad_vocab, teacher_requires_grad, stats,
-    )  # fmt: skip
+def _run(call: _Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
     chosen = registry.choose(backend, call.spec, call.student, call.teacher)
     if chosen.name == "reference":
         return reference.kd_loss(*call)
     return run_fused(chosen, *call)
 
 
-def _check(
-    student, teacher, labels, divergence, temperature, t_squared, soft_weight, hard_weight, mask, ignore_index,
-    token_weights, reduction, num_items, pad_vocab, teacher_requires_grad, stats,
-) -> _Call:  # fmt: skip
+def _check(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> _Call:
     z, z_options = unwrap("student", student)
     v, v_options = unwrap("teacher", teacher)
-    try:
-        spec = make_spec(
-            divergence, temperature, t_squared, soft_weight, hard_weight, ignore_index, reduction,
-            z_options, v_options, stats,
-        )  # fmt: skip
-    except TypeError as error:
-        raise _unhashable(error, locals()) from None
+    spec = _spec(options, z_options, v_options, stats)
     if z.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"teacher must have the student's leading shape {tuple(z.shape[:-1])}, got {tuple(v.shape[:-1])} "
@@ -296,15 +324,19 @@ def _check(
         )
     classes = z.shape[-1]
     if v.shape[-1] != classes:
-        if not pad_vocab:
+        if not options["pad_vocab"]:
             raise ValueError(
-                f"student and teacher must have the same vocabulary, got V = {classes} and V = {v.shape[-1]}: if the "
-                "tokenizers agree on the shared ids and the rest is padding, pass pad_vocab=True (classes beyond the "
-                "smaller V leave both softmaxes) or slice the larger one; else the two don't speak of the same classes"
+                f"student and teacher must have the same vocabulary, got V = {classes} and V = {v.shape[-1]}: "
+                "if the tokenizers agree on the shared ids and the rest is padding, pass pad_vocab=True "
+                "(classes beyond the smaller V leave both softmaxes) or slice the larger one; else the two "
+                "don't speak of the same classes"
             )
         classes = min(classes, v.shape[-1])
     if v.device != z.device:
-        raise ValueError(f"teacher must be on the student's device {z.device}, got {v.device}; move it with .to")
+        raise ValueError(
+            f"teacher must be on the student's device {z.device}, got {v.device}; move it with .to"
+        )
+    teacher_requires_grad = options["teacher_requires_grad"]
     if teacher_requires_grad not in _TEACHER_CHOICES:
         _check_choice("teacher_requires_grad", teacher_requires_grad, _TEACHER_CHOICES)
     if v.requires_grad:
@@ -317,36 +349,29 @@ def _check(
         v = v.detach()
     if labels is not None:
         labels = _check_labels(labels, z)
+    mask, token_weights, num_items = options["mask"], options["token_weights"], options["num_items"]
     if mask is not None:
         _check_rows("mask", mask, z)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor (True: the row counts), got {mask.dtype}; use mask.bool()")
+            raise TypeError(
+                f"mask must be a bool tensor (True: the row counts), got {mask.dtype}; use mask.bool()"
+            )
     if token_weights is not None:
         _check_rows("token_weights", token_weights, z)
         if not token_weights.dtype.is_floating_point:
             raise TypeError(f"token_weights must be a float tensor, got {token_weights.dtype}")
         if token_weights.requires_grad and torch.is_grad_enabled():
-            raise ValueError("token_weights require grad, and kd_loss gives them none; pass token_weights.detach()")
+            raise ValueError(
+                "token_weights require grad, and kd_loss gives them none; pass token_weights.detach()"
+            )
     if num_items is not None:
-        _check_num_items(num_items, reduction)
-    if hard_weight is None:
+        _check_num_items(num_items, spec.reduction)
+    if options["hard_weight"] is None:
         if labels is not None:
             _warn_unused_labels()
     elif spec.hard_weight != 0 and labels is None:
-        raise ValueError(f"labels must be given with hard_weight={hard_weight}, got None")
+        raise ValueError(f"labels must be given with hard_weight={spec.hard_weight}, got None")
     return _Call(z, v, labels, mask, token_weights, num_items, spec, classes)
-
-
-def _unhashable(error: TypeError, given: dict[str, Any]) -> TypeError:
-    # The record of options is looked up by value: an option that has no hash is none of the types it could be.
-    for name in ("temperature", "soft_weight", "hard_weight", "divergence", "reduction", "ignore_index", "t_squared"):
-        value = given[name]
-        if isinstance(value, Tensor):
-            return TypeError(f"{name} must be a Python number, got a Tensor; use {name}.item()")
-        if getattr(value, "__hash__", None) is None:
-            kind = "a string" if name in ("divergence", "reduction") else "a number"
-            return TypeError(f"{name} must be {kind}, got {type(value).__name__}")
-    return error
 
 
 def _check_rows(name: str, rows: Any, z: Tensor) -> None:
@@ -358,7 +383,9 @@ def _check_rows(name: str, rows: Any, z: Tensor) -> None:
             f"{tuple(z.shape)}, got {tuple(rows.shape)}"
         )
     if rows.device != z.device:
-        raise ValueError(f"{name} must be on the logits' device {z.device}, got {rows.device}; move it with .to")
+        raise ValueError(
+            f"{name} must be on the logits' device {z.device}, got {rows.device}; move it with .to"
+        )
 
 
 def _check_labels(labels: Any, z: Tensor) -> Tensor:
@@ -372,10 +399,14 @@ def _check_labels(labels: Any, z: Tensor) -> Tensor:
 
 def _check_num_items(num_items: Any, reduction: str) -> None:
     if reduction != "mean":
-        raise ValueError(f"num_items is the denominator of reduction='mean', got reduction={reduction!r}; drop one")
+        raise ValueError(
+            f"num_items is the denominator of reduction='mean', got reduction={reduction!r}; drop one"
+        )
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
-            raise ValueError(f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+            raise ValueError(
+                f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
+            )
         if num_items.requires_grad:
             raise ValueError("num_items must not require grad; pass num_items.detach()")
     elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):

@@ -13,8 +13,8 @@ class KDLoss(nn.Module):
     """`kd_loss` with its options bound, as an `nn.Module` without parameters.
 
     Args:
-        **options: The keyword arguments of `kd_loss`, except the tensors `mask`, `token_weights` and `num_items`,
-            which are given per call.
+        **options: The keyword arguments of `kd_loss`, except the tensors `mask`, `token_weights` and
+            `num_items`, which are given per call.
 
     Raises:
         TypeError: An option that `kd_loss` doesn't have, or one of the wrong type.

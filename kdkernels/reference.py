@@ -1,7 +1,7 @@
 """The specification: the loss in plain PyTorch, on any device, differentiable any number of times.
 
-Every other backend is tested against this file, and this file against float64 truth. It is written for clarity; it
-makes about eight [N, V] temporaries, as any eager loss does.
+Every other backend is tested against this file, and this file against float64 truth. It is written for
+clarity; it makes about eight [N, V] temporaries, as any eager loss does.
 """
 
 from __future__ import annotations
@@ -37,19 +37,32 @@ def kd_loss(
         return _kd_loss(student, teacher, labels, mask, token_weights, num_items, spec, classes)
 
 
-def _kd_loss(student, teacher, labels, mask, token_weights, num_items, spec, classes):
+def _kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    num_items: Tensor | float | None,
+    spec: LossSpec,
+    classes: int,
+) -> tuple[Tensor, Tensor | None]:
     R = compute_dtype(student, teacher)
     rows = counted_rows(student, labels, mask, spec.ignore_index)  # [...] bool
 
-    # A row that doesn't count may hold anything; it is replaced before any arithmetic, so that neither its value nor
-    # its gradient can be NaN.
+    # A row that doesn't count may hold anything; it is replaced before any arithmetic, so that neither its
+    # value nor its gradient can be NaN.
     z = _logits(student, rows, classes, R, spec.student_scale, spec.student_softcap)
     v = _logits(teacher, rows, classes, R, spec.teacher_scale, spec.teacher_softcap)
 
     zero = z.new_zeros(z.shape[:-1])
     soft = soft_term(z, v, spec) if spec.soft_weight != 0 or spec.stats else zero
     labelled = zero.bool() if labels is None else rows & (labels != spec.ignore_index)
-    hard = hard_term(z, labels, labelled) if labels is not None and (spec.hard_weight != 0 or spec.stats) else zero
+    hard = (
+        hard_term(z, labels, labelled)
+        if labels is not None and (spec.hard_weight != 0 or spec.stats)
+        else zero
+    )
 
     loss = zero
     if spec.soft_weight != 0:
@@ -91,7 +104,8 @@ def soft_term(z: Tensor, v: Tensor, spec: LossSpec) -> Tensor:
 def hard_term(z: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
     """Cross-entropy of each labelled row at T = 1, 0 elsewhere.
 
-    A label out of range is an error on a CPU; elsewhere looking would wait for the device, and its row is NaN.
+    A label out of range is an error on a CPU; elsewhere looking would wait for the device, and its row is
+    NaN.
     """
     target = torch.where(labelled, labels, 0).long()
     in_range = (target >= 0) & (target < z.shape[-1])
@@ -128,7 +142,17 @@ def reduce(loss: Tensor, rows: Tensor, num_items: Tensor | float | None, reducti
     return loss.sum() / torch.where(counted == 0, 1.0, items)
 
 
-def _stats(z, v, soft, hard, labels, rows, labelled, num_items, spec) -> Tensor | None:
+def _stats(
+    z: Tensor,
+    v: Tensor,
+    soft: Tensor,
+    hard: Tensor,
+    labels: Tensor | None,
+    rows: Tensor,
+    labelled: Tensor,
+    num_items: Tensor | float | None,
+    spec: LossSpec,
+) -> Tensor | None:
     if not spec.stats:
         return None
     T = spec.temperature
@@ -146,7 +170,9 @@ def _stats(z, v, soft, hard, labels, rows, labelled, num_items, spec) -> Tensor 
             over(_entropy(z / T), counted),
             over(_entropy(v / T), counted),
             over((best == v.argmax(-1)).to(z.dtype), counted),
-            over((labelled & (best == labels)).to(z.dtype), answered) if labels is not None else counted * 0.0,
+            over((labelled & (best == labels)).to(z.dtype), answered)
+            if labels is not None
+            else counted * 0.0,
             counted.to(z.dtype),
         ]
     ).detach()

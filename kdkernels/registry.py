@@ -85,4 +85,6 @@ def _warn_once(device: str, reasons: dict[str, str | None]) -> None:
         return
     _warned.add(device)
     why = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
-    warnings.warn(f"kdkernels runs unfused, on backend='reference', for {device} tensors ({why})", stacklevel=4)
+    warnings.warn(
+        f"kdkernels runs unfused, on backend='reference', for {device} tensors ({why})", stacklevel=4
+    )

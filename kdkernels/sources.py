@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+# (scale, softcap).
+PostProcessing = tuple[float, float | None]
+
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -17,7 +20,8 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Logits:
     """Logits with the post-processing that some models apply to them.
 
-    Formula: with a scale s and a cap c, the logits used are c·tanh(s·z/c), or s·z without a cap. The gradient goes
+    Formula: with a scale s and a cap c, the logits used are c·tanh(s·z/c), or s·z without a cap. The gradient
+    goes
     through both, to `z`.
 
     Args:
@@ -36,7 +40,8 @@ class Logits:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        # `z` is checked when it is used: a pytree may rebuild the source around something that is not a tensor.
+        # `z` is checked when it is used: a pytree may rebuild the source around something that is not a
+        # tensor.
         _check_positive("scale", self.scale)
         if self.softcap is not None:
             _check_positive("softcap", self.softcap)
@@ -75,12 +80,12 @@ pytree.register_pytree_node(
 )
 
 
-def unwrap(name: str, source: Any) -> tuple[Tensor, tuple[float, float | None]]:
+def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
     """The raw logits of a `student` or `teacher` argument, checked, and their (scale, softcap)."""
+    options: PostProcessing = (1.0, None)
+    z: Any = source
     if isinstance(source, Logits):
         z, options = source.z, (source.scale, source.softcap)
-    else:
-        z, options = source, (1.0, None)
     if not isinstance(z, Tensor):
         got = type(z).__name__ if z is source else f"kd.Logits around {type(z).__name__}"
         raise TypeError(f"{name} must be a torch.Tensor of logits or kd.Logits(z, scale, softcap), got {got}")

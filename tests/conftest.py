@@ -1,4 +1,5 @@
-"""Suite-wide: uninitialised memory is NaN, two threads, backends that must be there, GPU tests skipped with their reason."""
+"""Suite-wide: uninitialised memory is NaN, two threads, backends that must be there, GPU tests skipped with
+their reason."""
 
 from __future__ import annotations
 
@@ -15,9 +16,15 @@ from torch import Tensor
 import kdkernels as kd
 
 # The same examples on every machine and in every run; `--hypothesis-profile explore` looks for new ones.
-COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+COMMON = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 settings.register_profile("kdkernels", settings(max_examples=60, derandomize=True, print_blob=True, **COMMON))
-settings.register_profile("explore", settings(max_examples=2000, derandomize=False, print_blob=True, **COMMON))
+settings.register_profile(
+    "explore", settings(max_examples=2000, derandomize=False, print_blob=True, **COMMON)
+)
 settings.load_profile("kdkernels")
 
 torch.set_num_threads(2)
@@ -38,7 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same allocator, whose floating-point memory starts as NaN, so that an output nobody wrote fails its test."""
+    """The same allocator, whose floating-point memory starts as NaN, so that an output nobody wrote fails its
+    test."""
 
     @functools.wraps(allocate)
     def wrapper(*args: Any, **kwargs: Any) -> Tensor:

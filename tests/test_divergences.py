@@ -1,4 +1,5 @@
-"""The table of divergences, entry by entry: phi against its definition, g against autograd of phi, C++ against Python."""
+"""The table of divergences, entry by entry: phi against its definition, g against autograd of phi, C++
+against Python."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ def assert_error_within(got: Tensor, expected: Tensor, allowed: Tensor, lq: Tens
     over = ((got - expected).abs() / (allowed + 1e-300)).nan_to_num(inf)
     at = int(over.argmax())
     assert over[at] <= 1, (
-        f"{int((over > 1).sum())} of {over.numel()} wrong; at lq = {lq[at]:.17g}, lp = {lp[at]:.17g} got {got[at]:.17g}, "
-        f"expected {expected[at]:.17g}, error / allowed = {over[at]:.3g}"
+        f"{int((over > 1).sum())} of {over.numel()} wrong; at lq = {lq[at]:.17g}, lp = {lp[at]:.17g} "
+        f"got {got[at]:.17g}, expected {expected[at]:.17g}, error / allowed = {over[at]:.3g}"
     )
 
 
@@ -72,7 +73,9 @@ def test_the_table_holds_the_logits_divergences() -> None:
 @pytest.mark.parametrize(("name", "params"), ENTRIES)
 def test_phi_is_its_definition(name: str, params: tuple[float, ...]) -> None:
     """To 1e-14 of the terms it is made of."""
-    lq, lp = torch.cartesian_prod(*[torch.tensor([-1e-3, -0.1, -1.0, -3.3, -10.0], dtype=torch.float64)] * 2).unbind(-1)
+    lq, lp = torch.cartesian_prod(
+        *[torch.tensor([-1e-3, -0.1, -1.0, -3.3, -10.0], dtype=torch.float64)] * 2
+    ).unbind(-1)
     expected = definition(name, params, lq, lp)
     size = (lq.exp() + lp.exp()) * (1 + lq.abs() + lp.abs())
     assert_error_within(TABLE[name].phi(lq, lp, *params), expected, 1e-14 * size, lq, lp)
@@ -92,7 +95,8 @@ def test_g_is_the_derivative_of_phi(name: str, params: tuple[float, ...]) -> Non
     lq, lp = FINITE_PAIRS[0].clone().requires_grad_(), FINITE_PAIRS[1]
     (expected,) = torch.autograd.grad(TABLE[name].phi(lq, lp, *params).sum(), lq)
     got = TABLE[name].g(lq.detach(), lp, *params)
-    # q·(1 + |lq - lp|) and p are the sizes of the terms; where they cancel (p near q), their rounding is what is left.
+    # q·(1 + |lq - lp|) and p are the sizes of the terms; where they cancel (p near q), their rounding is what
+    # is left.
     size = lq.detach().exp() * (1 + (lq.detach() - lp).abs()) + lp.exp()
     assert_error_within(got, expected, 1e-14 * size, lq.detach(), lp)
 

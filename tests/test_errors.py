@@ -53,16 +53,23 @@ def test_logits_without_a_vocabulary(backend: str) -> None:
 @pytest.mark.parametrize("teacher", [V - 1, V + 2])
 def test_unequal_vocabularies(z: Tensor, backend: str, teacher: int) -> None:
     """Both sizes and the remedies."""
-    with pytest.raises(ValueError, match=says(rf"\b{V}\b", rf"\b{teacher}\b", "pad_vocab=True", "student", "teacher")):
+    with pytest.raises(
+        ValueError, match=says(rf"\b{V}\b", rf"\b{teacher}\b", "pad_vocab=True", "student", "teacher")
+    ):
         kd.kd_loss(z, torch.randn(N, teacher), backend=backend)
 
 
 @pytest.mark.parametrize("shape", [(N + 1,), (N, V), (N, 1), (), (1,)], ids=str)
 @pytest.mark.parametrize("name", ["labels", "mask", "token_weights"])
-def test_small_tensors_of_the_wrong_shape(z: Tensor, v: Tensor, backend: str, name: str, shape: tuple[int, ...]) -> None:
+def test_small_tensors_of_the_wrong_shape(
+    z: Tensor, v: Tensor, backend: str, name: str, shape: tuple[int, ...]
+) -> None:
     """(N, 1) labels would broadcast into something else."""
     dtype = {"labels": torch.int64, "mask": torch.bool, "token_weights": torch.float32}[name]
-    words: dict[str, Any] = {name: torch.ones(shape).to(dtype), "hard_weight": 0.5 if name == "labels" else 0.0}
+    words: dict[str, Any] = {
+        name: torch.ones(shape).to(dtype),
+        "hard_weight": 0.5 if name == "labels" else 0.0,
+    }
     with pytest.raises(ValueError, match=says(name, rf"\b{N}\b", r"\(" + ", ".join(map(str, shape)))):
         kd.kd_loss(z, v, backend=backend, **words)
 
@@ -89,7 +96,7 @@ def test_beta(beta: float) -> None:
 def test_weights_are_finite(z: Tensor, v: Tensor, backend: str, name: str, value: float) -> None:
     """A weight from a broken schedule is refused here, not found in the loss curve."""
     with pytest.raises(ValueError, match=says(name, str(value))):
-        kd.kd_loss(z, v, torch.ones(N).long(), backend=backend, **{"hard_weight": 0.5, name: value})  # type: ignore[arg-type]
+        kd.kd_loss(z, v, torch.ones(N).long(), backend=backend, **{"hard_weight": 0.5, name: value})
 
 
 def test_hard_weight_without_labels(z: Tensor, v: Tensor, backend: str) -> None:
@@ -110,7 +117,9 @@ def test_num_items(z: Tensor, v: Tensor, backend: str, value: float) -> None:
 def test_num_items_of_the_wrong_kind(z: Tensor, v: Tensor, backend: str, value: Any) -> None:
     """A number or a 0-d tensor; None is this batch's own count."""
     if value is None:
-        assert torch.equal(kd.kd_loss(z, v, num_items=None, backend=backend), kd.kd_loss(z, v, backend=backend))
+        assert torch.equal(
+            kd.kd_loss(z, v, num_items=None, backend=backend), kd.kd_loss(z, v, backend=backend)
+        )
         return
     with pytest.raises((TypeError, ValueError), match=says("num_items")):
         kd.kd_loss(z, v, num_items=value, backend=backend)
@@ -150,7 +159,9 @@ def test_labels_of_the_wrong_dtype(z: Tensor, v: Tensor, backend: str, dtype: to
 # Kinds
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str
+)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_logits_of_the_wrong_dtype(z: Tensor, v: Tensor, backend: str, side: str, dtype: torch.dtype) -> None:
     """Token ids where logits belong."""
@@ -159,7 +170,13 @@ def test_logits_of_the_wrong_dtype(z: Tensor, v: Tensor, backend: str, side: str
         kd.kd_loss(**sides, backend=backend)
 
 
-SOURCES = {"list": [[0.0] * V] * N, "ndarray": np.zeros((N, V), np.float32), "str": "logits", "NoneType": None, "dict": {}}
+SOURCES = {
+    "list": [[0.0] * V] * N,
+    "ndarray": np.zeros((N, V), np.float32),
+    "str": "logits",
+    "NoneType": None,
+    "dict": {},
+}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -277,7 +294,9 @@ for w in caught:
 
 def test_labels_that_nothing_uses_warn_once_per_process(backend: str) -> None:
     """Someone who passes labels expects a hard term: told once, at their own line, and not once per step."""
-    run = subprocess.run([sys.executable, "-c", WARN.format(backend=backend)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", WARN.format(backend=backend)], capture_output=True, text=True, check=True
+    )
     lines = run.stdout.strip().splitlines()
     assert len(lines) == 1, run.stdout
     category, at_the_caller, message = (part.strip() for part in lines[0].split("|", 2))

@@ -91,7 +91,10 @@ def test_student_and_teacher_of_different_dtypes(
 @pytest.mark.parametrize("vocab", [1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 255, 1000, 1023, 4097])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", 0.5])
 def test_vocabularies_around_every_vector_width(backend: str, divergence: str | float, vocab: int) -> None:
-    """Lanes are 8, 16 or 32 wide and unrolled: each tail and each exact multiple. V = 1 has loss and gradient 0."""
+    """Lanes are 8, 16 or 32 wide and unrolled: each tail and each exact multiple.
+
+    V = 1 has loss and gradient 0.
+    """
     for dtype in (torch.float32, torch.bfloat16):
         o = Options(divergence, temperature=2.0, hard_weight=0.5, reduction="none")
         z, v = pair(3, vocab, dtype=dtype)
@@ -109,7 +112,8 @@ def test_vocabularies_around_every_vector_width(backend: str, divergence: str | 
     ids=str,
 )
 def test_a_real_vocabulary(backend: str, divergence: str | float, dtype: torch.dtype) -> None:
-    """Published tests stop at V = 4,096, where neither a serial fp32 sum over the row nor a spilled block shows."""
+    """Published tests stop at V = 4,096, where neither a serial fp32 sum over the row nor a spilled block
+    shows."""
     o = Options(divergence, temperature=2.0, hard_weight=0.1, reduction="none")
     check(*pair(2, V_LARGE, dtype=dtype, std=2.0), labelled((2,), V_LARGE, 0.0), o, backend=backend)
 
@@ -121,7 +125,9 @@ def test_flat_rows_of_a_real_vocabulary(backend: str, divergence: str | float) -
     check(z, v, None, Options(divergence, reduction="none"), backend=backend)
 
 
-@pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 3, 9), (2, 1, 3, 9), (1, 2, 2, 2, 9), (0, 9), (2, 0, 3, 9)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(9,), (4, 9), (2, 3, 9), (2, 1, 3, 9), (1, 2, 2, 2, 9), (0, 9), (2, 0, 3, 9)], ids=str
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_any_leading_shape(backend: str, shape: tuple[int, ...], reduction: str) -> None:
     """Rows are what is left of the last dim, none of them included; "none" keeps their shape."""
@@ -147,7 +153,8 @@ def test_no_rows(backend: str, dtype: torch.dtype, reduction: str) -> None:
 def test_gradient_of_a_student_near_its_teacher(
     backend: str, divergence: str | float, dtype: torch.dtype, std: float
 ) -> None:
-    """A softmax in bf16 loses the difference q - p that is the whole gradient here (an error of 19 % and more)."""
+    """A softmax in bf16 loses the difference q - p that is the whole gradient here (an error of 19 % and
+    more)."""
     v = 2 * torch.randn(4, 512)
     z = (v + std * torch.randn(4, 512)).to(dtype)
     check(z, v.to(dtype), None, Options(divergence, temperature=2.0), backend=backend)
@@ -155,7 +162,7 @@ def test_gradient_of_a_student_near_its_teacher(
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_classes_on_which_both_sides_agree(backend: str, divergence: str | float) -> None:
-    """max(d, 0), |d| and where(d < 0) have a kink at d = log p - log q = 0, which no divergence has: autograd's pick there shows.
+    """max(d, 0) and |d| have a kink at d = log p - log q = 0, no divergence has: autograd's pick there shows.
 
     A permuted row has the same normaliser, so that its fixed classes have the same probability to the last bit.
     """
@@ -168,7 +175,10 @@ def test_classes_on_which_both_sides_agree(backend: str, divergence: str | float
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_rows_more_than_two_to_the_31_elements_apart(backend: str, side: str) -> None:
-    """row * stride overflows an int32 there. The memory is reserved but, apart from two rows, never touched."""
+    """row * stride overflows an int32 there.
+
+    The memory is reserved but, apart from two rows, never touched.
+    """
     stride, vocab = 2**31 + 64, 40
     reserved = mmap.mmap(-1, 2 * (stride + vocab))
     far = torch.frombuffer(reserved, dtype=torch.bfloat16).as_strided((2, vocab), (stride, 1))
@@ -234,7 +244,8 @@ def test_shift_labels() -> None:
 
 
 def test_shifted_labels_are_shifted_logits(backend: str) -> None:
-    """The loss over unsliced logits and shifted labels is the textbook one over logits[:, :-1] and labels[:, 1:]."""
+    """The loss over unsliced logits and shifted labels is the textbook one over logits[:, :-1] and labels[:,
+    1:]."""
     z, v = pair(2, 6, 13, dtype=torch.float64)
     labels = labelled((2, 6), 13)
     ours = kd.kd_loss(z, v, kd.shift_labels(labels), hard_weight=0.5, backend=backend)
@@ -260,7 +271,17 @@ def test_jsd_by_name_is_the_even_one(backend: str) -> None:
 
 def test_the_public_names() -> None:
     """`__all__` is the promise."""
-    promised = {"kd_loss", "kd_loss_with_stats", "KDLoss", "KDStats", "Logits", "JSD", "explain", "shift_labels", "gkd"}
+    promised = {
+        "kd_loss",
+        "kd_loss_with_stats",
+        "KDLoss",
+        "KDStats",
+        "Logits",
+        "JSD",
+        "explain",
+        "shift_labels",
+        "gkd",
+    }
     assert promised <= set(kd.__all__)
     for name in kd.__all__:
         assert getattr(kd, name).__doc__, f"{name} has no docstring"
@@ -280,11 +301,17 @@ def test_stats(backend: str, divergence: str | float, reduction: str, weighted: 
     v[:3] = z[:3] + 0.1
     mask = torch.tensor([True, True, True, False, True, True])
     weights = torch.rand(6).double() if weighted else None
-    o = Options(divergence, temperature=T, hard_weight=0.5, soft_weight=0.7, mask=mask, token_weights=weights, reduction=reduction)
+    o = Options(
+        divergence,
+        temperature=T,
+        hard_weight=0.5,
+        soft_weight=0.7,
+        mask=mask,
+        token_weights=weights,
+        reduction=reduction,
+    )
     leaf = z.clone().requires_grad_()
-    words = {k: w for k, w in vars(o).items() if not k.startswith(("student", "teacher"))}
-    words["divergence"] = kd.JSD(divergence) if isinstance(divergence, float) else divergence
-    loss, stats = kd.kd_loss_with_stats(leaf, v, labels, backend=backend, **words)
+    loss, stats = kd.kd_loss_with_stats(leaf, v, labels, backend=backend, **keywords(o))
     assert torch.equal(loss, our_loss(z, v, labels, o, backend))
     assert torch.equal(torch.autograd.grad(loss.sum(), leaf)[0], our_result(z, v, labels, o, backend)[1])
     assert isinstance(stats, kd.KDStats)
@@ -299,7 +326,9 @@ def test_stats(backend: str, divergence: str | float, reduction: str, weighted: 
     if not weighted and reduction != "none":
         assert_close_fp64(loss.detach(), 0.7 * stats.soft + 0.5 * stats.hard)
     for entropy, x in ((stats.student_entropy, z), (stats.teacher_entropy, v)):
-        assert_close_fp64(entropy.double(), torch.distributions.Categorical(logits=x[mask] / T).entropy().mean())
+        assert_close_fp64(
+            entropy.double(), torch.distributions.Categorical(logits=x[mask] / T).entropy().mean()
+        )
     labelled = mask & (labels != -100)
     assert_close_fp64(stats.agreement.double(), (z.argmax(-1) == v.argmax(-1))[mask].double().mean())
     assert_close_fp64(stats.accuracy.double(), (z.argmax(-1) == labels)[labelled].double().mean())

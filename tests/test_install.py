@@ -175,7 +175,7 @@ def test_library_exports_only_its_entry_points(installed: Path) -> None:
 
 @needs_compiler
 def test_no_function_is_shared_between_instruction_sets(installed: Path) -> None:
-    # Of a function with linkage the linker keeps one copy, perhaps the AVX-512 one, and each variant calls it.
+    # The linker keeps one copy of a function with linkage, perhaps the AVX-512 one, and each variant runs it.
     table = run("readelf", "--symbols", "--wide", installed / LIBRARY, cwd=installed)
     functions = [line.split()[-1] for line in table.splitlines() if " FUNC " in line and " UND " not in line]
     mangled = [name for name in functions if name.startswith("_Z")]

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from math import inf, prod
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tolerances import DIVERGENCES, DTYPES, assert_within_budget, check, computing_dtype, our_loss, our_result
+from tolerances import (
+    DIVERGENCES,
+    DTYPES,
+    assert_within_budget,
+    check,
+    computing_dtype,
+    keywords,
+    our_loss,
+    our_result,
+)
 from torch import Tensor
 from truth import Options, truth
+
+import kdkernels as kd
 
 LAYOUTS = ("contiguous", "transposed", "classes first", "sliced", "shifted", "strided classes", "broadcast")
 
@@ -32,7 +46,9 @@ class Problem:
         return f"Problem({sides}, labels={labels}, {self.o})"
 
 
-def laid_out(layout: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, std: float) -> Tensor:
+def laid_out(
+    layout: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, std: float
+) -> Tensor:
     """Logits of this shape with the strides that the layout names."""
 
     def random(*sizes: int) -> Tensor:
@@ -74,7 +90,10 @@ def option_sets(draw: st.DrawFn) -> Options:
 
 @st.composite
 def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Problem:
-    """A whole call. Tensors come from a seeded generator, so that an example is small to print and to shrink."""
+    """A whole call.
+
+    Tensors come from a seeded generator, so that an example is small to print and to shrink.
+    """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rows = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
     vocab = draw(st.integers(1, 40) | st.sampled_from([64, 65, 128, 259]))
@@ -82,22 +101,34 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Probl
     pad = other != vocab or draw(st.booleans())
     smaller = min(vocab, other)
     std = draw(st.sampled_from([1e-3, 1.0, 4.0, 20.0]))
-    z = laid_out(draw(st.sampled_from(LAYOUTS)), (*rows, vocab), generator, draw(st.sampled_from(dtypes)), std)
-    v = laid_out(draw(st.sampled_from(LAYOUTS)), (*rows, other), generator, draw(st.sampled_from(dtypes)), std)
+    z = laid_out(
+        draw(st.sampled_from(LAYOUTS)), (*rows, vocab), generator, draw(st.sampled_from(dtypes)), std
+    )
+    v = laid_out(
+        draw(st.sampled_from(LAYOUTS)), (*rows, other), generator, draw(st.sampled_from(dtypes)), std
+    )
     o = draw(option_sets()).but(pad_vocab=pad)
 
     labels = None
     if draw(st.booleans()):
         index = draw(st.sampled_from([-100, -1, 0]))
-        labels = torch.randint(smaller, rows, generator=generator, dtype=draw(st.sampled_from([torch.int64, torch.int32])))
-        labels = labels.masked_fill(torch.rand(rows, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0])), index)
+        labels = torch.randint(
+            smaller, rows, generator=generator, dtype=draw(st.sampled_from([torch.int64, torch.int32]))
+        )
+        labels = labels.masked_fill(
+            torch.rand(rows, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0])), index
+        )
         o = o.but(ignore_index=index, hard_weight=draw(st.sampled_from([0.0, 0.5, 2.0])))
     if draw(st.booleans()):
         o = o.but(mask=torch.rand(rows, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0])))
     if draw(st.booleans()):
         o = o.but(token_weights=torch.randn(rows, generator=generator))
     if o.reduction == "mean" and draw(st.booleans()):
-        o = o.but(num_items=draw(st.integers(1, 1000) | st.floats(0.5, 1000) | st.builds(torch.tensor, st.integers(1, 9))))
+        o = o.but(
+            num_items=draw(
+                st.integers(1, 1000) | st.floats(0.5, 1000) | st.builds(torch.tensor, st.integers(1, 9))
+            )
+        )
     shape = rows if o.reduction == "none" else ()
     upstream = draw(st.sampled_from([None, "random", "stride 0"]))
     up = None
@@ -109,7 +140,8 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Probl
 
 
 def once_rounded(p: Problem) -> bool:
-    """Whether the gradient is rounded to its dtype once: an upstream factor after a bf16 rounding rounds again."""
+    """Whether the gradient is rounded to its dtype once: an upstream factor after a bf16 rounding rounds
+    again."""
     return p.z.dtype != torch.bfloat16 or p.upstream is None
 
 
@@ -129,11 +161,16 @@ def test_any_problem_is_within_the_budget(backend: str, p: Problem) -> None:
 
 @given(problems(dtypes=(torch.float32, torch.bfloat16)), st.data())
 def test_infinite_classes_anywhere(backend: str, p: Problem, data: st.DataObject) -> None:
-    """Classes masked on both sides, in any pattern that leaves one: never NaN. A softcap would lift them, so none here."""
+    """Classes masked on both sides, in any pattern that leaves one: never NaN.
+
+    A softcap would lift them, so none here.
+    """
     o = p.o.but(student_softcap=None, teacher_softcap=None, hard_weight=0.0)
     smaller = min(p.z.shape[-1], p.v.shape[-1])
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    gone = torch.rand((*p.z.shape[:-1], smaller), generator=generator) < data.draw(st.sampled_from([0.1, 0.5, 0.95]))
+    gone = torch.rand((*p.z.shape[:-1], smaller), generator=generator) < data.draw(
+        st.sampled_from([0.1, 0.5, 0.95])
+    )
     gone[..., data.draw(st.integers(0, smaller - 1))] = False
     z, v = p.z.clone(), p.v.clone()
     z[..., :smaller][gone] = -inf
@@ -166,7 +203,10 @@ def test_rows_are_independent(backend: str, p: Problem) -> None:
 
 @given(problems(dtypes=(torch.float64,)), st.floats(-100, 100))
 def test_adding_a_constant_to_a_row_changes_nothing(backend: str, p: Problem, shift: float) -> None:
-    """Softmax doesn't see it; a kernel that forgot to subtract the maximum does. Softcaps see it too, so none here."""
+    """Softmax doesn't see it; a kernel that forgot to subtract the maximum does.
+
+    Softcaps see it too, so none here.
+    """
     o = p.o.but(student_softcap=None, teacher_softcap=None)
     loss, grad = our_result(p.z, p.v, p.labels, o, backend)
     moved, moved_grad = our_result(p.z + shift, p.v - shift, p.labels, o, backend)
@@ -188,8 +228,74 @@ def test_gradients_of_a_row_sum_to_zero(backend: str, p: Problem) -> None:
 @given(problems(dtypes=(torch.float32, torch.bfloat16)))
 @example(Problem(torch.zeros(2, 1), torch.zeros(2, 1), None, Options(0.5), None))
 def test_divergences_are_not_negative(backend: str, p: Problem) -> None:
-    """A KL below zero is a truncated one, or a cancelled one: no more than the rounding of its terms is allowed."""
+    """A KL below zero is a truncated one, or a cancelled one: no more than the rounding of its terms is
+    allowed."""
     o = Options(p.o.divergence, p.o.temperature, reduction="none", pad_vocab=p.o.pad_vocab)
     loss = our_loss(p.z, p.v, None, o, backend)
     room = torch.finfo(torch.float32).eps * truth(p.z, p.v, None, o).loss_unit
     assert (loss.double() >= -4 * room).all()
+
+
+# The same bits
+
+USUAL = Options(0.5, temperature=2.0, hard_weight=0.5)
+
+
+def logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random logits of std 2."""
+    return (2 * torch.randn(*shape)).to(dtype)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_for_every_run_and_thread_count(divergence: str | float, dtype: torch.dtype) -> None:
+    """Row losses are summed by a fixed tree: neither threads nor runs change a bit, of sums and figures too."""
+    z, v, labels = logits(300, 257, dtype=dtype), logits(300, 257, dtype=dtype), torch.randint(257, (300,))
+    for reduction in ("mean", "sum", "none"):
+        o = USUAL.but(divergence=divergence, reduction=reduction)
+        results: list[Any] = []
+        try:
+            for threads in (1, 2, 1, 3, 2):
+                torch.set_num_threads(threads)
+                _, stats = kd.kd_loss_with_stats(z, v, labels, backend="cpu", **keywords(o))
+                results.append((*our_result(z, v, labels, o, "cpu"), *vars(stats).values()))
+        finally:
+            torch.set_num_threads(2)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_row_does_not_depend_on_its_neighbours(backend: str) -> None:
+    """The same row alone, first, last or strided: the same bits on cpu."""
+    z, v = logits(40, 257), logits(40, 257)
+    o = USUAL.but(hard_weight=0.0, reduction="none")
+    loss, grad = our_result(z, v, None, o, backend)
+    for rows in (slice(7, 8), slice(30, 40), slice(0, 40, 3)):
+        part, part_grad = our_result(z[rows].clone(), v[rows].clone(), None, o, backend)
+        if backend == "cpu":
+            assert torch.equal(part, loss[rows]) and torch.equal(part_grad, grad[rows])
+        torch.testing.assert_close(part, loss[rows], rtol=1e-5, atol=1e-6)
+
+
+def test_several_python_threads_at_once(backend: str) -> None:
+    """No shared scratch: each thread gets what it would get alone."""
+    problems = [
+        (logits(20 + i, 300), logits(20 + i, 300), Options(d, temperature=1.0 + i))
+        for i, d in enumerate(DIVERGENCES)
+    ]
+    alone = [our_result(z, v, None, o, backend) for z, v, o in problems]
+    wrong: list[str] = []
+
+    def work(i: int) -> None:
+        z, v, o = problems[i]
+        for _ in range(20):
+            loss, grad = our_result(z, v, None, o, backend)
+            if not (torch.equal(loss, alone[i][0]) and torch.equal(grad, alone[i][1])):
+                wrong.append(str(o))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

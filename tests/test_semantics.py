@@ -67,7 +67,8 @@ def test_hard_only_is_torch_cross_entropy(backend: str, reduction: str, index: i
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_jsd_by_hand(backend: str, beta: float) -> None:
-    """beta belongs to the teacher: p = (1/2, 1/2), q = (1/4, 3/4); and disjoint p and q give the entropy of beta."""
+    """beta belongs to the teacher: p = (1/2, 1/2), q = (1/4, 3/4); and disjoint p and q give the entropy of
+    beta."""
     z, v = torch.tensor([[0.0, log(3.0)]], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
     m0, m1 = 0.5 * beta + 0.25 * (1 - beta), 0.5 * beta + 0.75 * (1 - beta)
     teacher = 0.5 * log(0.5 / m0) + 0.5 * log(0.5 / m1)
@@ -98,7 +99,8 @@ def test_equal_logits(backend: str, divergence: str | float) -> None:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_t_squared_is_in_loss_and_gradient(backend: str, divergence: str | float) -> None:
-    """On the loss but not on the gradient, or the reverse, is a silent change of the soft term's weight by T²."""
+    """On the loss but not on the gradient, or the reverse, is a silent change of the soft term's weight by
+    T²."""
     z, v = logits(4, 9), logits(4, 9)
     T = 2.5
     loss, grad = our_result(z, v, None, Options(divergence, temperature=T), backend)
@@ -111,7 +113,8 @@ def test_t_squared_is_in_loss_and_gradient(backend: str, divergence: str | float
 
 
 def test_high_temperature_is_logit_matching(backend: str) -> None:
-    """T²·KL tends to ½·mean((z − z̄ − v + v̄)²), and its gradient to (z − z̄ − v + v̄) / V: an outside check of T²."""
+    """T²·KL tends to ½·mean((z − z̄ − v + v̄)²), and its gradient to (z − z̄ − v + v̄) / V: an outside check
+    of T²."""
     z, v = logits(3, 8), logits(3, 8)
     difference = (z - z.mean(-1, keepdim=True)) - (v - v.mean(-1, keepdim=True))
     for divergence, factor in (("forward_kl", 1.0), ("reverse_kl", 1.0), (0.25, 0.25 * 0.75)):
@@ -183,7 +186,8 @@ def test_labels_decide_which_rows_count(backend: str) -> None:
 
 
 def test_a_mask_overrides_the_labels(backend: str) -> None:
-    """A masked-in row labelled `ignore_index` is unlabelled data: it keeps its soft term, and divides both terms."""
+    """A masked-in row labelled `ignore_index` is unlabelled data: it keeps its soft term, and divides both
+    terms."""
     z, v = logits(4, 9), logits(4, 9)
     labels, mask = torch.tensor([1, -100, 2, 3]), torch.tensor([True, True, False, True])
     o = Options(hard_weight=0.5, mask=mask)
@@ -206,10 +210,18 @@ def test_any_ignore_index(backend: str, index: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_label_dtypes(backend: str, dtype: torch.dtype) -> None:
     """int32 labels are what many data loaders give."""
-    check(logits(4, 9), logits(4, 9), torch.tensor([1, -100, 0, 8], dtype=dtype), Options(hard_weight=0.5), backend=backend)
+    check(
+        logits(4, 9),
+        logits(4, 9),
+        torch.tensor([1, -100, 0, 8], dtype=dtype),
+        Options(hard_weight=0.5),
+        backend=backend,
+    )
 
 
-@pytest.mark.parametrize("num_items", [7, 7.0, 2.5, torch.tensor(7), torch.tensor(7.0), torch.tensor(2.5).double()], ids=str)
+@pytest.mark.parametrize(
+    "num_items", [7, 7.0, 2.5, torch.tensor(7), torch.tensor(7.0), torch.tensor(2.5).double()], ids=str
+)
 def test_num_items_divides_the_sum(backend: str, num_items: int | float | Tensor) -> None:
     """An int, a float (global_count / W) or a tensor, in the place of this batch's count."""
     z, v, labels = logits(4, 9), logits(4, 9), torch.tensor([1, -100, 3, 4])
@@ -221,7 +233,10 @@ def test_num_items_divides_the_sum(backend: str, num_items: int | float | Tensor
 
 
 def test_accumulation_over_uneven_batches_is_one_big_batch(backend: str) -> None:
-    """A mean of local means weighs tokens by up to 100 : 1. With the global count it is the big batch's loss."""
+    """A mean of local means weighs tokens by up to 100 : 1.
+
+    With the global count it is the big batch's loss.
+    """
     z, v, labels = logits(12, 9), logits(12, 9), torch.randint(9, (12,))
     labels[:5] = -100
     o = Options(hard_weight=0.5, temperature=2.0)
@@ -251,7 +266,12 @@ def test_nothing_counted(backend: str, reduction: str, num_items: int | Tensor |
     for labels, mask in ((None, torch.zeros(3).bool()), (torch.full((3,), -100), None)):
         for dtype in (torch.float32, torch.float16):
             z, v = logits(3, 9, dtype=dtype), logits(3, 9, dtype=dtype)
-            o = Options(hard_weight=0.5 if labels is not None else 0.0, mask=mask, reduction=reduction, num_items=num_items)
+            o = Options(
+                hard_weight=0.5 if labels is not None else 0.0,
+                mask=mask,
+                reduction=reduction,
+                num_items=num_items,
+            )
             loss, grad = our_result(z, v, labels, o, backend)
             assert (loss == 0).all() and (grad == 0).all()
 
@@ -259,10 +279,13 @@ def test_nothing_counted(backend: str, reduction: str, num_items: int | Tensor |
 # Infinities, saturation, NaN
 
 
-@pytest.mark.parametrize("o", [Options(), Options(temperature=2.0, hard_weight=0.5, reduction="none")], ids=str)
+@pytest.mark.parametrize(
+    "o", [Options(), Options(temperature=2.0, hard_weight=0.5, reduction="none")], ids=str
+)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_classes_masked_on_both_sides(backend: str, divergence: str | float, o: Options) -> None:
-    """0 · (−inf) is NaN: a class at -inf on both sides adds nothing to the loss and has no gradient; nor does a tile of them."""
+    """0 · (−inf) is NaN: a class at -inf on both sides adds nothing to the loss and has no gradient; nor does
+    a tile of them."""
     z, v = logits(4, 200, dtype=torch.float32), logits(4, 200, dtype=torch.float32)
     for where in (slice(3, 4), slice(0, 130), slice(70, 200), slice(0, 199)):
         zm, vm = z.clone(), v.clone()
@@ -276,7 +299,8 @@ def test_classes_masked_on_both_sides(backend: str, divergence: str | float, o: 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_classes_masked_on_one_side(backend: str, divergence: str | float, side: str) -> None:
-    """phi's limit: 0 or finite where it exists, inf where it doesn't; forward KL's gradient is finite even then."""
+    """phi's limit: 0 or finite where it exists, inf where it doesn't; forward KL's gradient is finite even
+    then."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         z, v = logits(3, 40, dtype=dtype), logits(3, 40, dtype=dtype)
         (z if side == "student" else v)[1, 5:9] = -inf
@@ -343,7 +367,8 @@ def test_a_bad_row_poisons_only_itself(backend: str, divergence: str | float, si
 def test_an_ignored_bad_row_poisons_nothing(
     backend: str, divergence: str | float, dtype: torch.dtype, reduction: str
 ) -> None:
-    """Padding may hold anything: outside the mask, loss and gradient are exactly 0, and the others don't notice."""
+    """Padding may hold anything: outside the mask, loss and gradient are exactly 0, and the others don't
+    notice."""
     z, v, labels = logits(5, 40, dtype=dtype), logits(5, 40, dtype=dtype), torch.tensor([1, 2, -100, -100, 5])
     o = Options(divergence, reduction=reduction, hard_weight=0.5, token_weights=torch.rand(5))
     clean, clean_grad = our_result(z, v, labels, o, backend)

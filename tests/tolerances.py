@@ -1,13 +1,15 @@
 """The error budget: |ours - truth| <= |eager in the same dtype - truth| + small, element by element.
 
-*eager* is what a careful user writes: logits cast to fp32 (fp64 stays), `log_softmax`, the divergence from logs, autograd.
-*small* is `UNITS` roundings in the computing dtype, each as large as the truth's own magnitudes allow it to be (`Truth.loss_unit`,
-`Truth.grad_unit`: the exponent of a probability is rounded relative to its logit, so its probability moves by eps * |logit|, and a
-tree sum over V classes rounds log2(V) times), and half a unit in the last place of the dtype that the result is rounded to, once.
+*eager* is what a careful user writes: logits cast to fp32 (fp64 stays), `log_softmax`, the divergence from logs,
+autograd. *small* is `UNITS` roundings in the computing dtype, each as large as the truth's own magnitudes allow it to
+be (`Truth.loss_unit`, `Truth.grad_unit`: the exponent of a probability is rounded relative to its logit, so that the
+probability moves by eps * |logit|, and a tree sum over V classes rounds log2(V) times), and half a unit in the last
+place of the dtype that the result is rounded to, once.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from math import log, log1p
 from typing import Any
 
@@ -18,7 +20,8 @@ from truth import Options, Truth, truth
 
 import kdkernels as kd
 
-# torch's own spellings, eager and closed-form, err by up to 3.1 units in fp32 (V from 2 to 128,256, logits of std 1 to 30).
+# torch's own spellings, eager and closed-form, err by up to 3.1 units in fp32 (V from 2 to 128,256, logits of
+# std 1 to 30).
 UNITS = 4.0
 
 DIVERGENCES: tuple[str | float, ...] = ("forward_kl", "soft_cross_entropy", "reverse_kl", 0.5, 0.1, 0.9)
@@ -58,12 +61,16 @@ def eager(z: Tensor, v: Tensor, labels: Tensor | None = None, o: Options | None 
     x = eager_logits(z[..., :vocab].to(dtype), o.student_scale, o.student_softcap)
     u = eager_logits(v[..., :vocab].to(dtype), o.teacher_scale, o.teacher_softcap).detach()
     lq, lp = F.log_softmax(x / o.temperature, -1), F.log_softmax(u / o.temperature, -1)
-    total = o.soft_weight * (o.temperature**2 if o.t_squared else 1.0) * eager_divergence(o.divergence, lq, lp)
+    total = (
+        o.soft_weight * (o.temperature**2 if o.t_squared else 1.0) * eager_divergence(o.divergence, lq, lp)
+    )
     mask = o.mask
     if labels is not None:
         mask = labels != o.ignore_index if mask is None else mask
         wanted = labels.long().masked_fill(~mask, o.ignore_index)
-        hard = F.cross_entropy(x.reshape(-1, vocab), wanted.reshape(-1), ignore_index=o.ignore_index, reduction="none")
+        hard = F.cross_entropy(
+            x.reshape(-1, vocab), wanted.reshape(-1), ignore_index=o.ignore_index, reduction="none"
+        )
         total = total + o.hard_weight * hard.view_as(total)
     if mask is not None:
         total = torch.where(mask, total, 0.0)
@@ -77,19 +84,23 @@ def eager(z: Tensor, v: Tensor, labels: Tensor | None = None, o: Options | None 
     return total.sum() / (counted if o.num_items is None else o.num_items)
 
 
-def eager_result(z: Tensor, v: Tensor, labels: Tensor | None, o: Options, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
+def eager_result(
+    z: Tensor, v: Tensor, labels: Tensor | None, o: Options, upstream: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The eager loss and its gradient with respect to z."""
     leaf = z.detach().clone().requires_grad_()
     loss = eager(leaf, v.detach(), labels, o)
-    (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
+    (grad,) = torch.autograd.grad(
+        loss, leaf, torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    )
     return loss.detach(), grad
 
 
 def keywords(o: Options) -> dict[str, Any]:
     """The keyword arguments of `kd_loss` that say the same."""
     divergence = kd.JSD(o.divergence) if isinstance(o.divergence, float) else o.divergence
-    same = "temperature t_squared soft_weight hard_weight mask ignore_index token_weights reduction num_items pad_vocab"
-    return {"divergence": divergence, **{name: getattr(o, name) for name in same.split()}}
+    ours = {f.name: getattr(o, f.name) for f in fields(o) if not f.name.startswith(("student", "teacher"))}
+    return {**ours, "divergence": divergence}
 
 
 def source(z: Tensor, scale: float, softcap: float | None) -> Any:
@@ -123,13 +134,15 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, unit: T
     smallest = rounded.smallest_normal * rounded.eps / 2 + torch.finfo(torch.float32).smallest_normal
     budget = budget + UNITS * eps * unit.nan_to_num(0.0, 0.0, 0.0) + rounded.eps / 2 * exact.abs() + smallest
     finite = exact.isfinite()
-    wrong = torch.where(finite, ~((got - exact).abs() <= budget), ~((got == exact) | (got.isnan() & exact.isnan())))
+    wrong = torch.where(
+        finite, ~((got - exact).abs() <= budget), ~((got == exact) | (got.isnan() & exact.isnan()))
+    )
     if wrong.any():
         over = torch.where(wrong, ((got - exact).abs() / budget).nan_to_num(torch.inf), -1.0)
         at = tuple(int(i) for i in torch.unravel_index(over.argmax(), over.shape))
         raise AssertionError(
-            f"{name}: {int(wrong.sum())} of {wrong.numel()} outside the budget; worst at {at}: got {got[at].item()!r}, truth "
-            f"{exact[at].item()!r}, eager {theirs[at].item()!r}, error / budget {over[at].item():.3g}"
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} outside the budget; worst at {at}: "
+            f"got {got[at].item()!r}, truth {exact[at].item()!r}, eager {theirs[at].item()!r}, error / budget {over[at].item():.3g}"
         )
 
 

@@ -1,7 +1,8 @@
-"""What the logits loss is, in fp64: every term with its closed-form gradient, without autograd and without the package.
+"""What the logits loss is, in fp64: each term with its closed-form gradient, without autograd or the package.
 
-Names: p teacher, q student, lp and lq their logs, z and v their logits, T the temperature, V the classes. A row is one token.
-`test_functional.py` pins this file to autograd of the eager loss in `tolerances.py`, which shares no formula with it.
+Names: p teacher, q student, lp and lq their logs, z student and v teacher logits, T the temperature, V the classes.
+A row is one token. `test_functional.py` pins this file to autograd of the eager loss in `tolerances.py`, which shares
+no formula with it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Options:
     def __repr__(self) -> str:
         """Only what differs from the defaults: these are test ids and hypothesis reports."""
         changed = [
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not f.default
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) is not f.default
         ]
         return f"Options({', '.join(changed)})"
 
@@ -122,8 +125,15 @@ def row_weights(counted: Tensor, o: Options) -> Tensor:
     return weight if not counted.any() else weight / denominator
 
 
-def truth(z: Tensor, v: Tensor, labels: Tensor | None = None, o: Options | None = None, upstream: Tensor | None = None) -> Truth:
-    """The loss of `kd_loss` and d sum(loss * upstream) / dz, from the logits as they are (rounded to their dtype)."""
+def truth(
+    z: Tensor,
+    v: Tensor,
+    labels: Tensor | None = None,
+    o: Options | None = None,
+    upstream: Tensor | None = None,
+) -> Truth:
+    """The loss of `kd_loss` and d sum(loss * upstream) / dz, from the logits as they are (rounded to their
+    dtype)."""
     o = o or Options()
     rows, vocab = z.shape[:-1], min(z.shape[-1], v.shape[-1])
     x, dx = processed(z.detach().double()[..., :vocab], o.student_scale, o.student_softcap)
@@ -152,7 +162,8 @@ def truth(z: Tensor, v: Tensor, labels: Tensor | None = None, o: Options | None 
             total = total + o.soft_weight * s_factor * s
         return total + o.hard_weight * h if o.hard_weight else total
 
-    # How many roundings stand between a logit and its probability, in units of eps: the exponent's, which is relative to
+    # How many roundings stand between a logit and its probability, in units of eps: the exponent's, which is
+    # relative to
     # the logits, and those of a tree sum over the classes.
     roundings = magnitude(x / T, u / T) + (magnitude(x) if o.hard_weight else 0) + log2(vocab) + 4
     weight = row_weights(counted, o)

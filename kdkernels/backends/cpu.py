@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,9 @@ class CpuBackend:
         )  # fmt: skip
         return out
 
-    def pointwise(self, name: str, params: tuple[float, ...], lq: Tensor, lp: Tensor) -> tuple[Tensor, Tensor]:
+    def pointwise(
+        self, name: str, params: tuple[float, ...], lq: Tensor, lp: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The library's phi and g of a divergence at float64 log-probabilities, for comparison with the table's."""
         lq, lp = (x.to(torch.float64).contiguous() for x in torch.broadcast_tensors(lq, lp))
         phi, g = torch.empty_like(lq), torch.empty_like(lq)
@@ -133,9 +135,23 @@ class CpuBackend:
         return phi, g
 
     def _run(
-        self, mode, student, teacher, labels, mask, token_weights, num_items, spec, classes, *,
-        gradient=None, state=None, loss=None, stats=None, upstream=None,
-    ) -> None:  # fmt: skip
+        self,
+        mode: str,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        token_weights: Tensor | None,
+        num_items: Tensor | float | None,
+        spec: LossSpec,
+        classes: int,
+        *,
+        gradient: Tensor | None = None,
+        state: Tensor | None = None,
+        loss: Tensor | None = None,
+        stats: Tensor | None = None,
+        upstream: Tensor | None = None,
+    ) -> None:
         library = _load(self._path)
         student, teacher, shape, z_strides, v_strides = _common_layout(student.detach(), teacher)
         rows = student.shape[:-1].numel()
@@ -160,6 +176,7 @@ class CpuBackend:
         if result == _NO_MEMORY:
             raise MemoryError("kdkernels' CPU library could not allocate its per-thread row buffer")
         if result != _OK:
+            assert labels is not None
             raise ValueError(label_error(int(labels.flatten()[result]), result, rows, classes))
 
 
@@ -185,7 +202,9 @@ class _Library:
         i64, ptr = ctypes.c_int64, ctypes.c_void_p
         lib.kd_abi.restype = i64
         if (abi := lib.kd_abi()) != _ABI:
-            self.missing = f"the C++ library has interface {abi}, this package wants {_ABI}: reinstall kdkernels"
+            self.missing = (
+                f"the C++ library has interface {abi}, this package wants {_ABI}: reinstall kdkernels"
+            )
             return
         lib.kd_variant.argtypes, lib.kd_variant.restype = [i64], ctypes.c_char_p
         lib.kd_divergence.argtypes, lib.kd_divergence.restype = [ctypes.c_char_p], i64
@@ -193,7 +212,7 @@ class _Library:
         lib.kd_scale.argtypes, lib.kd_scale.restype = [i64, ptr, ptr, i64, i64, i64, ptr, i64, i64, ptr], None
         lib.kd_pointwise.argtypes = [i64, i64, ctypes.c_char_p, i64, ptr, ptr, ptr, ptr]
         lib.kd_pointwise.restype = None
-        names = []
+        names: list[str] = []
         while (name := lib.kd_variant(len(names))) is not None:
             names.append(name.decode())
         self.variants = tuple(names)
@@ -203,7 +222,7 @@ class _Library:
         self.parallel_for = _torch_parallel_for()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(path: Path) -> Any:
     return _Library(path)
 
@@ -220,7 +239,7 @@ def _torch_parallel_for() -> int:
     return 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def _divergence_number(path: Path, name: str) -> int:
     return _load(path).divergence(name.encode())
 

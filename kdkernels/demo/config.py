@@ -93,7 +93,9 @@ def config_for(minutes: float = MINUTES, seeds: int = 3) -> Config:
     if minutes < MINUTES:
         raise ValueError(f"--minutes must be at least {MINUTES:g}, got {minutes:g}")
     if seeds < 2:
-        raise ValueError(f"--seeds must be at least 2, so that there is a spread to compare with, got {seeds}")
+        raise ValueError(
+            f"--seeds must be at least 2, so that there is a spread to compare with, got {seeds}"
+        )
     config = Config(seeds=tuple(range(seeds)))
     factor = (minutes - FIXED_MINUTES) / (MINUTES - FIXED_MINUTES)
     return replace(

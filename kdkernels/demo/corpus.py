@@ -65,7 +65,9 @@ def read_corpus(root: Path | None = None) -> Corpus:
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         relative = path.relative_to(root)
         folders = relative.parts[:-1]
-        generated = relative.name.startswith("_sysconfigdata") or any(f.startswith("config-") for f in folders)
+        generated = relative.name.startswith("_sysconfigdata") or any(
+            f.startswith("config-") for f in folders
+        )
         if generated or LEFT_OUT.intersection(folders):
             continue
         raw = path.read_bytes()
@@ -80,7 +82,9 @@ def read_corpus(root: Path | None = None) -> Corpus:
         whole.update(relative.as_posix().encode() + b"\0" + digest)
         texts[split_of(relative.as_posix())].append(text)
     if not all(texts.values()):
-        raise RuntimeError(f"too few Python sources under {root}: the demo learns from the standard library's .py files")
+        raise RuntimeError(
+            f"too few Python sources under {root}: the demo learns from the standard library's .py files"
+        )
     return Corpus(texts, whole.hexdigest(), str(root))
 
 
@@ -133,7 +137,9 @@ def windows(stream: np.ndarray, context: int) -> np.ndarray:
 def spread_windows(stream: np.ndarray, context: int, count: int) -> np.ndarray:
     """At most `count` windows, evenly spaced over the whole stream, so that every part of it is scored."""
     all_windows = windows(stream, context)
-    chosen = np.unique(np.linspace(0, len(all_windows) - 1, num=min(count, len(all_windows))).astype(np.int64))
+    chosen = np.unique(
+        np.linspace(0, len(all_windows) - 1, num=min(count, len(all_windows))).astype(np.int64)
+    )
     return all_windows[chosen]
 
 

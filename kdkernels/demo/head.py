@@ -68,13 +68,12 @@ def measure(
     first = time.perf_counter() - started
     del gradient
     peak = bench.peak_growth(step, device)
-    clock, neighbours = bench.clock_for(device), bench.Neighbours()
-    times = []
-    for number in range(-2, repeats):
-        seconds, _ = clock.measure(lambda _: step(), number)
-        if number >= 0:
-            times.append(seconds)
-    timing = bench.Timing(tuple(times))
+    neighbours = bench.Neighbours()
+    contestant = bench.Contestant(implementation, lambda _: step())
+    clock = bench.clock_for(device)
+    timing = bench.race([contestant], sets=1, clock=clock, min_rounds=repeats, max_rounds=repeats)[
+        implementation
+    ]
     return {
         "seconds": timing.median,
         "best_seconds": timing.best,
@@ -83,7 +82,9 @@ def measure(
         "method": None if peak is None else peak.method,
         "loss": loss_value,
         "gradient_norm": norm,
-        "backend": explain(z, v, labels, hard_weight=mix.hard_weight).backend if implementation == "kd_loss" else None,
+        "backend": explain(z, v, labels, hard_weight=mix.hard_weight).backend
+        if implementation == "kd_loss"
+        else None,
         "busy_neighbours": neighbours.cpus(),
     }
 
@@ -92,5 +93,9 @@ def reason(error: bench.ProcessDied) -> str:
     """Why a measurement has no result, in one line: the last line of the traceback that is the root of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # torch.compile wraps what went wrong and closes with advice on debugging: the first "SomeError: text" is the cause.
-    named = [line for line in lines if line.split(":")[0].replace(".", "").isidentifier() and "Error" in line.split(":")[0]]
+    named = [
+        line
+        for line in lines
+        if line.split(":")[0].replace(".", "").isidentifier() and "Error" in line.split(":")[0]
+    ]
     return (named[0] if named else lines[-1] if lines else "no reason given")[:200]

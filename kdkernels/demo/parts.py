@@ -66,13 +66,13 @@ class Parts:
         """Write the part, whole or not at all: under another name first, on the disk, then renamed."""
         path = self.path(name, key)
         unfinished = path.with_suffix(".part")
+        stored: dict[str, Any] = {
+            "facts": np.array(json.dumps(part.facts)),
+            "key": np.array(json.dumps(key, sort_keys=True)),
+            **part.arrays,
+        }
         with open(unfinished, "wb") as file:
-            np.savez(
-                file,
-                facts=np.array(json.dumps(part.facts)),
-                key=np.array(json.dumps(key, sort_keys=True)),
-                **part.arrays,
-            )
+            np.savez(file, **stored)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)

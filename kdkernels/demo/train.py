@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,15 +88,18 @@ def rate(recipe: Recipe, step: int) -> float:
 class Run:
     """One model in training: its weights, its optimizer's moments and its curves, at some step."""
 
-    def __init__(self, recipe: Recipe, seed: int, data: Data, prior: np.ndarray, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, seed: int, data: Data, prior: np.ndarray, device: torch.device
+    ) -> None:
         self.recipe, self.seed, self.data, self.device = recipe, seed, data, device
         torch.manual_seed(seed)
         priors = torch.from_numpy(prior).float()
         self.model = Transformer(data.vocab, data.context, recipe.shape, priors).to(device)
         matrices = [p for p in self.model.parameters() if p.dim() == 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            groups,
             lr=recipe.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=recipe.weight_decay,

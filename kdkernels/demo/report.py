@@ -1,0 +1,268 @@
+"""What the demo says at its end: the tables, the verdict, the reservations in words, and the curves."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bench import markdown_table
+from .objectives import STUDENTS
+
+# Fused and eager training compute the same thing in another order of additions; over the first steps nothing else differs.
+EARLY_STEPS = 50
+EARLY_TOLERANCE = 1e-3
+
+# Implementations of one loss, in fp32, over up to 128,256 classes: they differ by 1e-6 or so, by more only if they aren't one loss.
+HEAD_TOLERANCE = 1e-4
+
+BUSY_CPUS = 0.2
+
+NAMES = {
+    "hard": "student, hard labels only",
+    "eager": "student, distilled, eager PyTorch",
+    "kd_loss": "student, distilled, kd_loss",
+}
+
+Figures = dict[str, Any]
+
+
+def students(figures: Figures, objective: str) -> list[float]:
+    """Held-out bits per byte of the students of one objective, a seed each."""
+    return [student["bits_per_byte"] for student in figures["students"][objective]]
+
+
+def curve_differences(eager: Sequence[np.ndarray], fused: Sequence[np.ndarray]) -> dict[str, Any]:
+    """The largest |eager - fused| of loss curves in nats, a pair for each seed: over the first steps, and overall."""
+    gaps = [np.abs(a - b) for a, b in zip(eager, fused, strict=True)]
+    return {
+        "early_steps": min(EARLY_STEPS, *(len(gap) for gap in gaps)),
+        "early": float(max(gap[:EARLY_STEPS].max() for gap in gaps)),
+        "overall": float(max(gap.max() for gap in gaps)),
+    }
+
+
+def verdict(figures: Figures) -> list[str]:
+    """Why the run failed, a line for each condition that doesn't hold; empty where it succeeded."""
+    failures = []
+    teacher = figures["teacher"]["bits_per_byte"]
+    for name in ("unigram", "bigram"):
+        if not teacher < figures["baselines"][name]:
+            failures.append(
+                f"the teacher ({teacher:.3f} bits per byte) doesn't beat the {name} ({figures['baselines'][name]:.3f})"
+            )
+    hard = statistics.mean(students(figures, "hard"))
+    if not teacher < hard:
+        failures.append(
+            f"the teacher ({teacher:.3f} bits per byte) doesn't beat the hard-label student ({hard:.3f})"
+        )
+    difference = figures["curve_difference"]
+    if not difference["early"] <= EARLY_TOLERANCE:
+        failures.append(
+            f"fused and eager loss curves differ by {difference['early']:.2g} nats in the first "
+            f"{difference['early_steps']} steps, more than {EARLY_TOLERANCE:g}"
+        )
+    if difference["early_steps"] < EARLY_STEPS:
+        failures.append(f"the loss curves have {difference['early_steps']} steps, fewer than {EARLY_STEPS}")
+    return failures + _unmeasured(figures) + _disagreeing_heads(figures)
+
+
+def _unmeasured(figures: Figures) -> list[str]:
+    failures = []
+    for head in figures["heads"]:
+        size = f"{head['implementation']} at V = {head['vocab']:,}"
+        if head.get("error"):
+            failures.append(f"not measured: {size}: {head['error']}")
+        elif head["peak_bytes"] is None:
+            failures.append(f"not measured: peak memory of {size}: this system doesn't say")
+    reasons = figures["backend"]["reasons"]
+    # Where a kernel for this device exists, its absence is a fault of the installation; elsewhere a note says what ran.
+    if figures["backend"]["name"] == "reference" and figures["environment"]["device"] == "cpu":
+        failures.append(f"not measured: the fused kernel: kd_loss ran on 'reference' ({reasons['cpu']})")
+    return failures
+
+
+def _disagreeing_heads(figures: Figures) -> list[str]:
+    failures = []
+    measured = [head for head in figures["heads"] if not head.get("error")]
+    truths = {(h["rows"], h["vocab"]): h for h in measured if h["implementation"] == "eager"}
+    for head in measured:
+        truth = truths.get((head["rows"], head["vocab"]))
+        for figure in ("loss", "gradient_norm"):
+            if truth and not abs(head[figure] - truth[figure]) <= HEAD_TOLERANCE * abs(truth[figure]):
+                failures.append(
+                    f"{head['implementation']} and eager compute different losses at V = {head['vocab']:,}: "
+                    f"{figure} {head[figure]:.6g} and {truth[figure]:.6g}"
+                )
+    return failures
+
+
+def distillation_in_words(figures: Figures) -> str:
+    """Whether distillation beat hard labels at equal steps by more than the seeds' spread."""
+    hard, distilled = students(figures, "hard"), students(figures, "kd_loss")
+    gain = statistics.mean(hard) - statistics.mean(distilled)
+    spread = max(max(hard) - min(hard), max(distilled) - min(distilled))
+    figures_said = f"{gain:+.4f} bits per byte on average, spread over seeds {spread:.4f}"
+    if max(distilled) < min(hard) and gain > spread:
+        return f"Distillation beats hard labels at equal steps, beyond the seeds' spread ({figures_said})."
+    if gain > 0:
+        return f"Distillation does not beat hard labels beyond the seeds' spread: the gain is within it ({figures_said})."
+    return f"Distillation does not beat hard labels at equal steps: it is worse ({figures_said})."
+
+
+def notes(figures: Figures) -> list[str]:
+    """What a reader must know to read the tables rightly."""
+    mix, difference = figures["config"]["mix"], figures["curve_difference"]
+    said = [
+        distillation_in_words(figures),
+        f"Distillation is {mix['soft_weight']:g} · KL(teacher‖student) + {mix['hard_weight']:g} · cross-entropy at "
+        f"T = {mix['temperature']:g}; students of one seed share initial weights and batches. A distilled step also runs "
+        "the teacher, so equal steps are not equal time.",
+        f"Largest difference between the eager and the kd_loss curves: {difference['early']:.2g} nats over the first "
+        f"{difference['early_steps']} steps, {difference['overall']:.2g} overall.",
+        "All models are scored on the same predictions. The baselines were fitted on the tokens that the teacher saw.",
+        "The loss head is logits → loss → gradient on the logits, fp32, median time; memory is the peak beyond both "
+        "logits tensors, each figure from a process of its own.",
+    ]
+    backend = figures["backend"]
+    if backend["name"] == "reference":
+        why = "; ".join(f"{name}: {text}" for name, text in backend["reasons"].items() if text)
+        said.append(f"kd_loss ran unfused, on its reference: no fused kernel runs here ({why}).")
+    busy = [head["busy_neighbours"] or 0.0 for head in figures["heads"] if not head.get("error")]
+    if busy and max(busy) > BUSY_CPUS:
+        said.append(
+            f"Other processes kept up to {max(busy):.1f} CPUs busy during the loss head's timing: times are too high."
+        )
+    return said
+
+
+def language_table(figures: Figures) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of language models."""
+    header = ["model", "bits per byte, held out", "spread over seeds", "training tokens", "ms per step"]
+    seen = f"{figures['teacher']['tokens']:,}"
+    rows = [[name, f"{figures['baselines'][name]:.3f}", "", seen, ""] for name in ("unigram", "bigram")]
+    teacher = figures["teacher"]
+    rows.append(
+        ["teacher", f"{teacher['bits_per_byte']:.3f}", "", seen, f"{1e3 * teacher['step_seconds']:.0f}"]
+    )
+    for objective in STUDENTS:
+        scores = students(figures, objective)
+        entries = figures["students"][objective]
+        rows.append(
+            [
+                NAMES[objective],
+                f"{statistics.mean(scores):.3f}",
+                f"{min(scores):.3f} to {max(scores):.3f}",
+                f"{entries[0]['tokens']:,}",
+                f"{1e3 * statistics.median(e['step_seconds'] for e in entries):.0f}",
+            ]
+        )
+    return header, rows
+
+
+def head_table(figures: Figures) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of the loss head."""
+    header = ["loss head", "rows", "V", "ms per step", "× kd_loss", "peak MB"]
+    fused = {
+        (h["rows"], h["vocab"]): h["seconds"]
+        for h in figures["heads"]
+        if h["implementation"] == "kd_loss" and not h.get("error")
+    }
+    rows = []
+    for head in figures["heads"]:
+        name = head["implementation"]
+        if name == "kd_loss":
+            name = f"kd_loss ({figures['backend']['name']})"
+        size = [name, f"{head['rows']:,}", f"{head['vocab']:,}"]
+        if head.get("error"):
+            rows.append([*size, f"not measured: {head['error']}", "", ""])
+            continue
+        beside = fused.get((head["rows"], head["vocab"]))
+        ratio = "" if beside is None else f"{head['seconds'] / beside:.1f}"
+        memory = "not measured" if head["peak_bytes"] is None else f"{head['peak_bytes'] / 1e6:,.0f}"
+        rows.append([*size, f"{1e3 * head['seconds']:.1f}", ratio, memory])
+    return header, rows
+
+
+def markdown(figures: Figures) -> str:
+    """The whole report."""
+    system, text = figures["environment"], figures["corpus"]
+    failures = verdict(figures)
+    lines = [
+        "# A language model distilled on Python's standard library",
+        "",
+        f"{system['processor']}, {system['threads']} threads, device {system['device']}; torch {system['torch']}, "
+        f"kdkernels {system['kdkernels']}, Python {system['python']}.",
+        f"Text: {text['files']['train']} files to train on, {text['files']['heldout']} held out "
+        f"({figures['scored_bytes']:,} of their {text['bytes']['heldout']:,} bytes scored); corpus hash "
+        f"{text['sha256'][:16]}; byte-level BPE of {figures['vocab']:,} entries.",
+        f"Trained and measured in {figures['seconds'] / 60:.1f} minutes.",
+        "",
+        markdown_table(*language_table(figures)),
+        markdown_table(*head_table(figures), left=1),
+        *(f"- {note}" for note in notes(figures)),
+        "",
+        "**Failed.**" if failures else "**All conditions hold.**",
+        *(f"- {failure}" for failure in failures),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(figures: Figures, path: Path) -> None:
+    """Learning curves, the gap between eager and fused, and the cost of the loss head, as one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = {"hard": "#777777", "eager": "#d98200", "kd_loss": "#0060b0", "torch.compile": "#3f9b4f"}
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    (learning, gap), (time, memory) = figure.subplots(2, 2)
+
+    steps, bits = np.array(figures["curves"]["teacher"]).T
+    learning.plot(steps, bits, color="black", linewidth=1.2, linestyle=(0, (1, 1)), label="teacher")
+    for objective, style in zip(STUDENTS, ("-", "-", (0, (4, 3))), strict=True):
+        curves = np.array(figures["curves"][objective])  # [seeds, points, 2]
+        steps, bits = curves[0, :, 0], curves[:, :, 1]
+        learning.plot(steps, bits.mean(0), color=colours[objective], linestyle=style, label=NAMES[objective])
+        learning.fill_between(
+            steps, bits.min(0), bits.max(0), color=colours[objective], alpha=0.15, linewidth=0
+        )
+    for name, value in figures["validation_baselines"].items():
+        learning.axhline(value, color="black", linewidth=0.6, alpha=0.5)
+        learning.annotate(
+            name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+        )
+    learning.set(title="Learning (validation files)", xlabel="step", ylabel="bits per byte")
+    learning.legend(frameon=False)
+
+    for entry, seed in zip(figures["curves"]["gap"], figures["config"]["seeds"], strict=True):
+        gap.semilogy(np.arange(1, len(entry) + 1), np.maximum(entry, 1e-9), linewidth=1, label=f"seed {seed}")
+    gap.plot(
+        [1, EARLY_STEPS], [EARLY_TOLERANCE] * 2, color="#b00020", linewidth=1.5, label="allowed, first steps"
+    )
+    gap.set(title="|eager − kd_loss| of the training loss", xlabel="step", ylabel="nats")
+    gap.legend(frameon=False)
+
+    sizes = list(dict.fromkeys((h["rows"], h["vocab"]) for h in figures["heads"]))
+    names = list(dict.fromkeys(h["implementation"] for h in figures["heads"]))
+    labels = [f"{rows:,} × {vocab:,}" for rows, vocab in sizes]
+    for axes, what, scale, title in (
+        (time, "seconds", 1e3, "Loss head: time (ms)"),
+        (memory, "peak_bytes", 1e-6, "Loss head: peak memory beyond the logits (MB)"),
+    ):
+        for index, name in enumerate(names):
+            heads = {(h["rows"], h["vocab"]): h for h in figures["heads"] if h["implementation"] == name}
+            values = [scale * (heads[size].get(what) or 0.0) for size in sizes]
+            at = np.arange(len(sizes)) + (index - (len(names) - 1) / 2) * 0.8 / len(names)
+            bars = axes.bar(at, values, 0.75 / len(names), color=colours[name], label=name)
+            axes.bar_label(bars, [f"{v:,.0f}" if v else "not measured" for v in values], fontsize=9)
+        axes.set_xticks(range(len(sizes)), labels)
+        axes.set(title=title, xlabel="rows × vocabulary")
+        axes.margins(y=0.12)
+    memory.legend(frameon=False)
+    for axes in (learning, gap, time, memory):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110, format="png")

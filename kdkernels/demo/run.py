@@ -1,0 +1,347 @@
+"""The order of events: corpus, tokenizer, teacher, students, loss head, report; each part from disk where it is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__, bench, explain
+from . import corpus, head, objectives, report
+from .baselines import Bigram, Unigram
+from .config import Config, Recipe
+from .parts import Key, Part, Parts, hash_of_files
+from .train import Data, Run, StepLoss, bits_per_byte, score, train
+
+SCHEMA = 1
+_DEMO = Path(__file__).parent
+
+# The files that decide what a trained model is, and those that decide what `kd_loss` computes and how fast.
+_TRAINING = [_DEMO / f"{name}.py" for name in ("corpus", "baselines", "model", "objectives", "train")]
+_PACKAGE = _DEMO.parent
+
+
+def _fused_code() -> str:
+    sources = [p for pattern in ("*.py", "*.so", "backends/*.py") for p in _PACKAGE.glob(pattern)]
+    return hash_of_files([p for p in sources if p.name not in ("cli.py", "__main__.py")])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens and what it keeps."""
+
+    parts: Parts
+    device: torch.device
+    progress: bench.Progress
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What the bits of a trained model depend on, besides its configuration."""
+        return {
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "code": hash_of_files(_TRAINING),
+        }
+
+
+def run(config: Config, out: Path, device: torch.device) -> int:
+    """Run the demo and write `report.md`, `curves.png` and `figures.json` under `out`.
+
+    Returns:
+        The exit status: 0, or 1 where the verdict names a failure.
+    """
+    started = time.perf_counter()
+    place = Place(Parts(out / "cache"), device, bench.Progress())
+    progress = place.progress
+    progress.say(
+        f"kdkernels demo on {device}, {torch.get_num_threads()} threads; finished parts are kept in {out / 'cache'}"
+    )
+    text = corpus.read_corpus()
+    data, tokens_key = _data(config, text, place)
+    teacher = _model(config, place, data, "teacher", config.teacher, 0, None, {"tokens": tokens_key})
+    figures = _language_figures(config, place, data, teacher, {"tokens": tokens_key})
+    figures["heads"] = _heads(config, place)
+    logits = torch.zeros(1, 2, device=device)
+    chosen = explain(logits, logits)
+    figures = {
+        "schema": SCHEMA,
+        "environment": _environment(device),
+        "config": json.loads(json.dumps(asdict(config))),
+        "corpus": {"root": text.root, "sha256": text.sha256, "files": text.files, "bytes": text.bytes},
+        "vocab": data.vocab,
+        "backend": {"name": chosen.backend, "reasons": chosen.reasons},
+        **figures,
+        # Of this run and of those that it goes on from.
+        "seconds": _total_seconds(figures),
+        "wall_seconds": time.perf_counter() - started,
+    }
+    return publish(figures, out)
+
+
+def publish(figures: report.Figures, out: Path) -> int:
+    """Write the three files, print the tables, and return the exit status."""
+    failures = report.verdict(figures)
+    figures = {**figures, "failures": failures, "notes": report.notes(figures)}
+    bench.write_json(out / "figures.json", figures)
+    _write(out / "report.md", lambda path: path.write_text(report.markdown(figures), encoding="utf-8"))
+    _write(out / "curves.png", lambda path: report.plot(figures, path))
+    bench.print_table("Language models", *report.language_table(figures))
+    bench.print_table("Loss head", *report.head_table(figures))
+    for line in figures["notes"]:
+        print(f"- {line}")
+    print(f"\nWritten: {out / 'report.md'}, {out / 'curves.png'}, {out / 'figures.json'}")
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    return 1 if failures else 0
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def _data(config: Config, text: corpus.Corpus, place: Place) -> tuple[Data, Key]:
+    """The windows, from the tokenizer and the token streams that are on disk or made now."""
+    import tokenizers
+
+    key = {
+        "corpus": text.sha256,
+        "vocab": config.vocab,
+        "tokenizers": tokenizers.__version__,
+        "code": hash_of_files([_DEMO / "corpus.py"]),
+    }
+    with place.progress.phase("tokenizer", 1 + len(corpus.SPLITS)) as progress:
+        part = place.parts.load("tokenizer", key)
+        if part is None:
+            progress.step("learning merges", 0)
+            part = Part({"seconds": 0.0, "json": corpus.train_tokenizer(text.texts["train"], config.vocab)})
+            place.parts.save("tokenizer", key, part)
+        progress.step("learnt")
+        tokenizer = part.facts["json"]
+        streams = place.parts.load("tokens", key)
+        if streams is None:
+            arrays = {}
+            for split in corpus.SPLITS:
+                arrays[split] = corpus.encode(tokenizer, text.texts[split])
+                progress.step(f"{split} encoded")
+            streams = Part({}, arrays)
+            place.parts.save("tokens", key, streams)
+        else:
+            progress.step("from disk", len(corpus.SPLITS))
+    return (
+        Data(
+            windows=corpus.windows(streams.arrays["train"], config.context),
+            validation=corpus.spread_windows(
+                streams.arrays["validation"], config.context, config.validation_windows
+            ),
+            heldout=corpus.spread_windows(streams.arrays["heldout"], config.context, config.heldout_windows),
+            token_bytes=corpus.token_bytes(tokenizer),
+            size=config.windows,
+        ),
+        {**key, "context": config.context, "windows": config.windows},
+    )
+
+
+def _model(
+    config: Config,
+    place: Place,
+    data: Data,
+    name: str,
+    recipe: Recipe,
+    seed: int,
+    loss: StepLoss | None,
+    made_from: Key,
+) -> tuple[Run, Part]:
+    """A trained model and its part: from disk, or trained now, scored on the held-out windows and saved."""
+    key = {
+        **made_from,
+        "name": name,
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "validation": [config.validation_windows, config.validate_every],
+        "heldout": config.heldout_windows,
+        "machine": place.machine,
+    }
+    seen = data.seen(seed, recipe.steps)
+    prior = Unigram(seen[:, 1:], data.vocab).probability
+    run = Run(recipe, seed, data, prior, place.device)
+    with place.progress.phase(name.ljust(16), recipe.steps) as progress:
+        part = place.parts.load(name, key)
+        if part is not None:
+            run.restore(part)
+            progress.step("from disk", recipe.steps)
+            return run, part
+        train(
+            run,
+            loss or (lambda z, ids, labels: torch.nn.functional.cross_entropy(z, labels)),
+            config.validate_every,
+            place.parts,
+            name,
+            key,
+            lambda value: progress.step(f"loss {value:.3f}"),
+        )
+        progress.step("scoring", 0)
+        part = run.part(moments=False)
+        nats = score(run.model, data.heldout, place.device)
+        part.facts["bits_per_byte"] = bits_per_byte(nats, data.heldout, data.token_bytes)
+        part.facts["tokens"] = int(seen[:, 1:].size)
+        place.parts.save(name, key, part)
+        place.parts.drop(f"{name}-unfinished", key)
+    return run, part
+
+
+def _language_figures(
+    config: Config, place: Place, data: Data, teacher: tuple[Run, Part], made_from: Key
+) -> dict[str, Any]:
+    """Baselines, teacher and students: bits per byte, and the curves."""
+    run, teacher_part = teacher
+    teacher_model = run.model.eval().requires_grad_(False)
+    parts: dict[str, list[Part]] = {}
+    for objective, build in objectives.STUDENTS.items():
+        loss = _step_loss(objective, build(config.mix), teacher_model)
+        from_teacher = {"mix": asdict(config.mix), "teacher": [asdict(config.teacher), place.machine]}
+        depends = {**made_from, **({} if objective == "hard" else from_teacher)}
+        if objective == "kd_loss":
+            depends["fused"] = _fused_code()
+        parts[objective] = [
+            _model(config, place, data, f"{objective}-{seed}", config.student, seed, loss, depends)[1]
+            for seed in config.seeds
+        ]
+    losses = {objective: [p.arrays["losses"] for p in parts[objective]] for objective in parts}
+    seen = data.seen(0, config.teacher.steps)
+    bigram = Bigram(seen[:, :-1], seen[:, 1:], data.vocab)
+    return {
+        "baselines": _baselines(bigram, data.heldout, data),
+        "validation_baselines": _baselines(bigram, data.validation, data),
+        "teacher": _facts(teacher_part),
+        "students": {
+            objective: [
+                {"seed": seed, **_facts(p)} for seed, p in zip(config.seeds, parts[objective], strict=True)
+            ]
+            for objective in parts
+        },
+        "scored_bytes": int(data.token_bytes[data.heldout[:, 1:]].sum()),
+        "scored_tokens": int(data.heldout[:, 1:].size),
+        "curve_difference": report.curve_differences(losses["eager"], losses["kd_loss"]),
+        "curves": {
+            "teacher": teacher_part.arrays["curve"].tolist(),
+            **{objective: [p.arrays["curve"].tolist() for p in parts[objective]] for objective in parts},
+            "losses": {objective: [curve.tolist() for curve in losses[objective]] for objective in losses},
+            "gap": [np.abs(a - b).tolist() for a, b in zip(losses["eager"], losses["kd_loss"], strict=True)],
+        },
+    }
+
+
+def _step_loss(objective: str, compute: objectives.Objective, teacher: torch.nn.Module) -> StepLoss:
+    if objective == "hard":
+        return lambda z, ids, labels: compute(z, z, labels)
+
+    def loss(z: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            v = teacher(ids).flatten(0, 1)  # [N, V]
+        return compute(z, v, labels)
+
+    return loss
+
+
+def _facts(part: Part) -> dict[str, Any]:
+    facts = part.facts
+    return {
+        "bits_per_byte": facts["bits_per_byte"],
+        "tokens": facts["tokens"],
+        "steps": facts["step"],
+        "seconds": facts["seconds"],
+        "step_seconds": facts["seconds"] / facts["step"],
+    }
+
+
+def _baselines(bigram: Bigram, scored: np.ndarray, data: Data) -> dict[str, float]:
+    contexts, targets = scored[:, :-1], scored[:, 1:]
+    nats = {"unigram": bigram.unigram.nats(targets), "bigram": bigram.nats(contexts, targets)}
+    return {name: bits_per_byte(value, scored, data.token_bytes) for name, value in nats.items()}
+
+
+def _heads(config: Config, place: Place) -> list[dict[str, Any]]:
+    """The loss head of each implementation at each size, or why it couldn't be measured."""
+    measured = []
+    code = {"code": hash_of_files([_DEMO / "objectives.py", _DEMO / "head.py"]), "fused": _fused_code()}
+    with place.progress.phase("loss head", len(config.heads) * len(head.IMPLEMENTATIONS)) as progress:
+        for size in config.heads:
+            for implementation in head.IMPLEMENTATIONS:
+                key = {
+                    "implementation": implementation,
+                    "head": asdict(size),
+                    "mix": asdict(config.mix),
+                    "repeats": config.head_repeats,
+                    "machine": {**place.machine, **code},
+                }
+                progress.step(f"{implementation}, V = {size.vocab:,}", 0)
+                part = place.parts.load(f"head-{implementation}-{size.vocab}", key)
+                if part is None:
+                    part = Part(_measure(config, place, size, implementation))
+                    # What couldn't be measured is tried again next time: a compiler may have been installed.
+                    if "error" not in part.facts:
+                        place.parts.save(f"head-{implementation}-{size.vocab}", key, part)
+                measured.append({"implementation": implementation, **asdict(size), **part.facts})
+                progress.step(f"{implementation}, V = {size.vocab:,}")
+    return measured
+
+
+def _measure(config: Config, place: Place, size: Any, implementation: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    try:
+        facts = bench.run_isolated(
+            head.measure,
+            implementation,
+            size,
+            config.mix,
+            str(place.device),
+            torch.get_num_threads(),
+            config.head_repeats,
+            preload=["torch", "kdkernels.demo.head"],
+        )
+    except bench.ProcessDied as error:
+        facts = {"error": head.reason(error)}
+    return {**facts, "total_seconds": time.perf_counter() - started}
+
+
+def _total_seconds(figures: dict[str, Any]) -> float:
+    trained = [figures["teacher"], *(s for group in figures["students"].values() for s in group)]
+    return sum(model["seconds"] for model in trained) + sum(h["total_seconds"] for h in figures["heads"])
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    system = bench.environment(device, torch.get_num_threads())
+    system["processor"] = torch.cuda.get_device_name(device) if device.type == "cuda" else system.get("cpu")
+    system["device"] = device.type
+    system["kdkernels"] = __version__
+    import matplotlib
+    import tokenizers
+
+    system["numpy"] = np.__version__
+    system["tokenizers"] = tokenizers.__version__
+    system["matplotlib"] = matplotlib.__version__
+    return system
+
+
+def device_here() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def quiet() -> None:
+    """The report says in words what `kd_loss` warns of, once, in place."""
+    warnings.filterwarnings("ignore", message="kdkernels runs unfused")
