@@ -7,14 +7,14 @@
 //          the weighing side's shifted logits and b the other's; no second phase. kTeacherWeighs says which side a is.
 //   Pair:  phi and g are summed in a phase of their own, once the normalisers are known.
 //
-// The includer provides KD_FN (how a function is declared) and kd_exp, kd_exp_expm1
-// (both results) and kd_log1p for its real type. The
+// The includer provides KD_FN (how a function is declared) and kd_expm1 (of what
+// is at most 0) and kd_log1p for its real type. The
 // same expressions stand in kdkernels/divergences.py; a test pins the two spellings to each other.
 #pragma once
 
 namespace {
 
-// The two expressions of one class.
+// The two expressions of one class, given its log-probabilities and its probabilities.
 template <class R>
 struct Terms {
   R phi, g;
@@ -29,8 +29,7 @@ struct ForwardKL {
   static KD_FN double value(double x, double s, double lse_weighing, double lse_other) {
     return x / s - lse_weighing + lse_other;
   }
-  KD_FN Terms<R> terms(R lq, R lp) const {
-    R p = kd_exp(lp);
+  KD_FN Terms<R> terms(R lq, R lp, R, R p) const {
     return {p * (p > 0 ? lp - lq : R(0)), -p};
   }
 };
@@ -42,8 +41,7 @@ struct SoftCrossEntropy {
   static constexpr R kA = 0, kB = 1;
   R unused[4];
   static KD_FN double value(double x, double s, double, double lse_other) { return lse_other - x / s; }
-  KD_FN Terms<R> terms(R lq, R lp) const {
-    R p = kd_exp(lp);
+  KD_FN Terms<R> terms(R lq, R, R, R p) const {
     return {-p * (p > 0 ? lq : R(0)), -p};
   }
 };
@@ -57,8 +55,7 @@ struct ReverseKL {
   static KD_FN double value(double x, double s, double lse_weighing, double lse_other) {
     return x / s - lse_weighing + lse_other;
   }
-  KD_FN Terms<R> terms(R lq, R lp) const {
-    R q = kd_exp(lq);
+  KD_FN Terms<R> terms(R lq, R lp, R q, R) const {
     R phi = q * (q > 0 ? lq - lp : R(0));
     return {phi, phi + q};
   }
@@ -71,13 +68,10 @@ struct JSD {
   static constexpr bool kCross = false, kTeacherWeighs = false;
   static constexpr R kA = 0, kB = 0;
   R beta, unused[3];
-  KD_FN Terms<R> terms(R lq, R lp) const {
+  KD_FN Terms<R> terms(R lq, R lp, R q, R p) const {
     R d = lp - lq;
     bool student_larger = d < 0;
-    R larger = kd_exp(student_larger ? lq : lp);
-    R t;  // e^-|d| - 1
-    R smaller = larger * kd_exp_expm1(student_larger ? d : -d, t);
-    R q = student_larger ? larger : smaller, p = student_larger ? smaller : larger;
+    R t = kd_expm1(student_larger ? d : -d);
     R log_mix = kd_log1p((student_larger ? beta : 1 - beta) * t);
     R lq_lm = q > 0 ? -log_mix - (student_larger ? R(0) : d) : R(0);
     R lp_lm = p > 0 ? -log_mix + (student_larger ? d : R(0)) : R(0);

@@ -18,8 +18,6 @@ struct RowState {
   double cross;  // sum e^a (A a + B b) of a Cross divergence
   double sum_g;  // sum of g of a Pair divergence
 };
-constexpr int kStateDoubles = 8;
-static_assert(sizeof(RowState) == kStateDoubles * 8, "the state is saved as an array of doubles");
 
 // What two sums are multiplied by to share a reference, and how far their exponents move.
 struct Shift {

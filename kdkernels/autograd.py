@@ -2,8 +2,8 @@
 
 Forward writes the gradient in the same pass as the loss and saves only that: both logits tensors can die.
 float16 is the exception: the loss scale arrives with the upstream gradient, after the rounding would have
-been made, so there forward saves the rows' statistics and backward computes the gradient with the upstream
-factor applied first.
+been made, so there forward computes the loss alone, and backward the gradient with the upstream factor applied
+first.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def _graph_is_kept() -> bool:
 class KDFunction(torch.autograd.Function):
     """The loss of a fused backend, differentiable once with respect to the student's raw logits.
 
-    `forward` returns the loss, the stats (or None), and what backward needs: the gradient at an upstream
-    gradient of 1, or for float16 the rows' statistics.
+    `forward` returns the loss, the stats (or None), and the gradient at an upstream gradient of 1 (None for
+    float16).
     """
 
     @staticmethod
@@ -41,25 +41,29 @@ class KDFunction(torch.autograd.Function):
         spec: LossSpec,
         classes: int,
         backend: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """One pass over the rows."""
-        want = "state" if student.dtype == torch.float16 else "gradient"
-        return backend.forward(student, teacher, labels, mask, token_weights, num_items, spec, classes, want)
+        with_gradient = student.dtype != torch.float16
+        return backend.forward(
+            student, teacher, labels, mask, token_weights, num_items, spec, classes, with_gradient
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Saves the gradient, or for float16 the inputs and the rows' statistics."""
+        """Saves the gradient, or for float16 the inputs."""
         student, teacher, labels, mask, token_weights, num_items, ctx.spec, ctx.classes, ctx.backend = inputs
-        _, stats, saved = output
-        ctx.mark_non_differentiable(*(t for t in (stats, saved) if t is not None))
+        _, stats, gradient = output
+        ctx.mark_non_differentiable(*(t for t in (stats, gradient) if t is not None))
         ctx.set_materialize_grads(False)
-        ctx.recompute = student.dtype == torch.float16
+        ctx.recompute = gradient is None
         if ctx.recompute:
-            ctx.num_items = None if isinstance(num_items, Tensor) else num_items
-            items = num_items if isinstance(num_items, Tensor) else None
-            ctx.save_for_backward(saved, student, teacher, labels, mask, token_weights, items)
+            # A tensor among them is saved as one, so that a later write to it is noticed.
+            is_tensor = isinstance(num_items, Tensor)
+            ctx.num_items = None if is_tensor else num_items
+            items = num_items if is_tensor else None
+            ctx.save_for_backward(student, teacher, labels, mask, token_weights, items)
         else:
-            ctx.save_for_backward(saved)
+            ctx.save_for_backward(gradient)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -69,14 +73,15 @@ class KDFunction(torch.autograd.Function):
             return None, *nothing
         if torch.is_grad_enabled():
             raise RuntimeError(
-                f"backend={ctx.backend.name!r} computes first-order gradients only, and create_graph=True asks for "
-                'higher ones: pass backend="reference" to kd_loss, which is differentiable any number of times'
+                f"backend={ctx.backend.name!r} computes first-order gradients only, and create_graph=True "
+                'asks for higher ones: pass backend="reference" to kd_loss, which is differentiable any '
+                "number of times"
             )
         if ctx.recompute:
-            state, student, teacher, labels, mask, token_weights, items = ctx.saved_tensors
+            student, teacher, labels, mask, token_weights, items = ctx.saved_tensors
             items = ctx.num_items if items is None else items
             gradient = ctx.backend.gradient(
-                state, upstream, student, teacher, labels, mask, token_weights, items, ctx.spec, ctx.classes
+                upstream, student, teacher, labels, mask, token_weights, items, ctx.spec, ctx.classes
             )
         else:
             (saved,) = ctx.saved_tensors
@@ -100,5 +105,5 @@ def run_fused(
     if student.requires_grad and torch.is_grad_enabled():
         loss, stats, _ = KDFunction.apply(*args, backend)
     else:
-        loss, stats, _ = backend.forward(*args, "loss")
+        loss, stats, _ = backend.forward(*args, False)
     return loss, stats

@@ -134,8 +134,9 @@ class JSD:
     def __post_init__(self) -> None:
         if not 0.0 < self.beta < 1.0:
             raise ValueError(
-                f"beta of JSD must lie strictly between 0 and 1, got {self.beta}: use divergence='forward_kl' for 0, "
-                "'reverse_kl' for 1, or kd.gkd(beta), which chooses among the three"
+                f"beta of JSD must lie strictly between 0 and 1, got {self.beta}: use "
+                "divergence='forward_kl' for 0, 'reverse_kl' for 1, or kd.gkd(beta), which chooses among the "
+                "three"
             )
 
     @property
@@ -187,8 +188,8 @@ def resolve(divergence: str | Parametrised) -> tuple[str, tuple[float, ...]]:
             return divergence, ()
         else:
             raise ValueError(
-                f"divergence must be one of {', '.join(map(repr, TABLE))} or an object such as kd.JSD(beta=0.5), "
-                f"got {divergence!r}"
+                f"divergence must be one of {', '.join(map(repr, TABLE))} or an object such as "
+                f"kd.JSD(beta=0.5), got {divergence!r}"
             )
     if isinstance(divergence, Parametrised) and divergence.name in TABLE:
         return divergence.name, divergence.params

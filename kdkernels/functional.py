@@ -112,9 +112,9 @@ def kd_loss(
     temperature.
 
     Gradient: with respect to the student's raw logits only. For forward KL, T·(q − p) · soft_weight per row,
-    plus hard_weight · (softmax(z) − onehot), times the row's weight (1/rows for a mean); through scale and softcap
-    where the source has them. Computed in float32 (float64 for float64 logits) and rounded once to the
-    logits' dtype. Fused backends write the gradient in the forward pass, so that neither logits tensor is
+    plus hard_weight · (softmax(z) − onehot), times the row's weight (1/rows for a mean); through scale and
+    softcap where the source has them. Computed in float32 (float64 for float64 logits) and rounded once to
+    the logits' dtype. Fused backends write the gradient in the forward pass, so that neither logits tensor is
     kept for backward (float16 excepted: there the loss scale must come before the rounding, and backward
     recomputes).
 
@@ -326,9 +326,9 @@ def _check(student: Any, teacher: Any, labels: Any, options: dict[str, Any], sta
     if v.shape[-1] != classes:
         if not options["pad_vocab"]:
             raise ValueError(
-                f"student and teacher must have the same vocabulary, got V = {classes} and V = {v.shape[-1]}: "
-                "if the tokenizers agree on the shared ids and the rest is padding, pass pad_vocab=True "
-                "(classes beyond the smaller V leave both softmaxes) or slice the larger one; else the two "
+                f"student and teacher must have the same vocabulary, got V = {classes} and "
+                f"V = {v.shape[-1]}: if the tokenizers agree on the shared ids and the rest is padding, pass "
+                "pad_vocab=True (classes beyond the smaller V leave both softmaxes) or slice the larger one; else the two "
                 "don't speak of the same classes"
             )
         classes = min(classes, v.shape[-1])
@@ -423,8 +423,8 @@ def _warn_unused_labels() -> None:
     if not _warned_unused_labels:
         _warned_unused_labels = True
         warnings.warn(
-            "labels are given and hard_weight is None: they choose which rows count and there is no hard term. "
-            "Pass hard_weight=0.0 if that is meant, or a weight",
+            "labels are given and hard_weight is None: they choose which rows count and there is no hard "
+            "term. Pass hard_weight=0.0 if that is meant, or a weight",
             UserWarning,
             stacklevel=5,
         )

@@ -121,8 +121,8 @@ def hard_term(z: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
 def label_error(label: int, row: int, rows: int, classes: int) -> str:
     """The message for a label out of range, the same on every backend."""
     return (
-        f"labels must be in [0, {classes}) or equal to ignore_index, got {label} at row {row} of {rows}; mark rows "
-        "without a label with ignore_index, or leave them out with mask"
+        f"labels must be in [0, {classes}) or equal to ignore_index, got {label} at row {row} of {rows}; "
+        "mark rows without a label with ignore_index, or leave them out with mask"
     )
 
 

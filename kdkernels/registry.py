@@ -68,7 +68,8 @@ def choose(name: str | None, spec: LossSpec, student: Tensor, teacher: Tensor) -
         why = reason(backend, spec, student, teacher)
         if why is not None:
             raise RuntimeError(
-                f"backend={name!r} can't run this call: {why}; backend=None picks one that can, kd.explain says which"
+                f"backend={name!r} can't run this call: {why}; backend=None picks one that can, and "
+                "kd.explain says which"
             )
         return backend
     if student.device.type == "cpu" and cpu.BACKEND.available(student.device) is None:

@@ -59,8 +59,8 @@ class Logits:
         z = self.z[(*rows, ...) if isinstance(rows, tuple) and Ellipsis not in rows else rows]
         if z.dim() == 0 or z.shape[-1] != self.z.shape[-1]:
             raise IndexError(
-                f"a source is indexed by rows only: {rows!r} on shape {tuple(self.z.shape)} gives {tuple(z.shape)}, "
-                "which does not keep the last dimension"
+                f"a source is indexed by rows only: {rows!r} on shape {tuple(self.z.shape)} gives "
+                f"{tuple(z.shape)}, which does not keep the last dimension"
             )
         return replace(self, z=z)
 

@@ -30,11 +30,6 @@ settings.load_profile("kdkernels")
 torch.set_num_threads(2)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the suite's markers."""
-    config.addinivalue_line("markers", "gpu: needs an accelerator")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if torch.cuda.is_available():

@@ -166,7 +166,7 @@ def test_logits_changed_before_backward(backend: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_logits_can_die_after_forward(dtype: torch.dtype, reduction: str) -> None:
-    """The fused loss keeps one gradient and neither side's logits, whose storages are gone before backward."""
+    """The fused loss keeps one gradient and neither side's logits: their storages are gone before backward."""
     leaf, v = logits(5, 70, dtype=dtype, requires_grad=True), logits(5, 70, dtype=dtype)
     z = leaf * 1.0
     o = USUAL.but(reduction=reduction, hard_weight=0.0)
@@ -197,7 +197,7 @@ def test_only_one_gradient_is_saved(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_callers_tensors_are_never_written(backend: str, dtype: torch.dtype) -> None:
-    """A gradient written over the logits breaks whatever else uses them; version counters don't always tell."""
+    """A gradient written over the logits breaks what else uses them; version counters don't always tell."""
     z, v, labels = (
         logits(5, 70, dtype=dtype, requires_grad=True),
         logits(5, 70, dtype=dtype),

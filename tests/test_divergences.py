@@ -85,8 +85,8 @@ def test_phi_is_its_definition(name: str, params: tuple[float, ...]) -> None:
 def test_phi_at_impossible_classes(name: str, params: tuple[float, ...]) -> None:
     """0 · (−inf) is NaN unless somebody thought of it."""
     for lq, lp, expected in limits(name, params):
-        got = TABLE[name].phi(torch.tensor([lq]).double(), torch.tensor([lp]).double(), *params)
-        torch.testing.assert_close(got, torch.tensor([expected]).double(), rtol=1e-14, atol=0)
+        got = TABLE[name].phi(torch.tensor([lq], dtype=torch.float64), torch.tensor([lp], dtype=torch.float64), *params)
+        torch.testing.assert_close(got, torch.tensor([expected], dtype=torch.float64), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(("name", "params"), ENTRIES)

@@ -164,7 +164,7 @@ def test_gradient_of_a_student_near_its_teacher(
 def test_classes_on_which_both_sides_agree(backend: str, divergence: str | float) -> None:
     """max(d, 0) and |d| have a kink at d = log p - log q = 0, no divergence has: autograd's pick there shows.
 
-    A permuted row has the same normaliser, so that its fixed classes have the same probability to the last bit.
+    A permuted row has the same normaliser, so that its fixed classes have the same probability to the bit.
     """
     v = torch.arange(8.0).repeat(3, 1)
     z = v.clone()

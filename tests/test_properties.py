@@ -1,4 +1,4 @@
-"""Hypothesis: any shape, strides, dtypes, values, labels, masks, weights and options within the error budget."""
+"""Hypothesis: any shape, strides, dtypes, labels, masks, weights and options within the error budget."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_infinite_classes_anywhere(backend: str, p: Problem, data: st.DataObject
 
 @given(problems())
 def test_rows_are_independent(backend: str, p: Problem) -> None:
-    """`none` row by row is `none` at once, the sum of `none` is `sum`, and `mean` is that over what counts."""
+    """`none` row by row is `none` at once, the sum of `none` is `sum`, `mean` is that over what counts."""
     o = p.o.but(reduction="none", num_items=None)
     rows = our_loss(p.z, p.v, p.labels, o, backend)
     total = our_loss(p.z, p.v, p.labels, o.but(reduction="sum"), backend)
@@ -249,7 +249,7 @@ def logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_for_every_run_and_thread_count(divergence: str | float, dtype: torch.dtype) -> None:
-    """Row losses are summed by a fixed tree: neither threads nor runs change a bit, of sums and figures too."""
+    """Row losses are summed by a fixed tree: neither threads nor runs change a bit, figures too."""
     z, v, labels = logits(300, 257, dtype=dtype), logits(300, 257, dtype=dtype), torch.randint(257, (300,))
     for reduction in ("mean", "sum", "none"):
         o = USUAL.but(divergence=divergence, reduction=reduction)

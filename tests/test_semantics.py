@@ -327,7 +327,7 @@ def test_classes_masked_on_one_side(backend: str, divergence: str | float, side:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [30.0, 1e4])
 def test_saturated_rows(backend: str, divergence: str | float, dtype: torch.dtype, size: float) -> None:
-    """One-hot probabilities, agreeing and not: exp neither overflows nor, at its underflow, leaves a 0 · inf."""
+    """One-hot probabilities, agreeing and not: exp neither overflows nor, underflowing, leaves a 0 · inf."""
     z, v = torch.full((4, 100), -size), torch.full((4, 100), -size)
     z[0, 3] = v[0, 3] = size
     z[1, 3] = v[1, 7] = size

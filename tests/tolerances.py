@@ -1,10 +1,10 @@
 """The error budget: |ours - truth| <= |eager in the same dtype - truth| + small, element by element.
 
-*eager* is what a careful user writes: logits cast to fp32 (fp64 stays), `log_softmax`, the divergence from logs,
-autograd. *small* is `UNITS` roundings in the computing dtype, each as large as the truth's own magnitudes allow it to
-be (`Truth.loss_unit`, `Truth.grad_unit`: the exponent of a probability is rounded relative to its logit, so that the
-probability moves by eps * |logit|, and a tree sum over V classes rounds log2(V) times), and half a unit in the last
-place of the dtype that the result is rounded to, once.
+*eager* is what a careful user writes: logits cast to fp32 (fp64 stays), `log_softmax`, the divergence from
+logs, autograd. *small* is `UNITS` roundings in the computing dtype, each as large as the truth's own
+magnitudes allow it to be (`Truth.loss_unit`, `Truth.grad_unit`: the exponent of a probability is rounded
+relative to its logit, so that the probability moves by eps * |logit|, and a tree sum over V classes rounds
+log2(V) times), and half a unit in the last place of the dtype that the result is rounded to, once.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def assert_close(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, unit: T
         at = tuple(int(i) for i in torch.unravel_index(over.argmax(), over.shape))
         raise AssertionError(
             f"{name}: {int(wrong.sum())} of {wrong.numel()} outside the budget; worst at {at}: "
-            f"got {got[at].item()!r}, truth {exact[at].item()!r}, eager {theirs[at].item()!r}, error / budget {over[at].item():.3g}"
+            f"got {got[at].item()!r}, truth {exact[at].item()!r}, "
+            f"eager {theirs[at].item()!r}, error / budget {over[at].item():.3g}"
         )
 
 

@@ -1,8 +1,8 @@
 """What the logits loss is, in fp64: each term with its closed-form gradient, without autograd or the package.
 
-Names: p teacher, q student, lp and lq their logs, z student and v teacher logits, T the temperature, V the classes.
-A row is one token. `test_functional.py` pins this file to autograd of the eager loss in `tolerances.py`, which shares
-no formula with it.
+Names: p teacher, q student, lp and lq their logs, z student and v teacher logits, T the temperature, V the
+classes. A row is one token. `test_functional.py` pins this file to autograd of the eager loss in
+`tolerances.py`, which shares no formula with it.
 """
 
 from __future__ import annotations

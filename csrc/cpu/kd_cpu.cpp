@@ -2,9 +2,11 @@
 //
 // A row goes through at most three phases: (1) the normalisers of both sides and, where the divergence has a closed
 // form, its cross sum; (2) for the others, the sums of phi and g; (3) the gradient. All work on blocks of kBlock
-// classes in the working precision R (float, or double for double logits): a loader turns any dtype, stride, scale or
-// softcap into such a block, and a writer rounds the finished gradient once. The row is read from memory in phase 1 and
-// from cache after that.
+// classes in the working precision R (float, or double for double logits): a reader turns any dtype, stride, scale or
+// softcap into such a block, and a writer rounds the finished gradient once.
+//
+// Phase 1 reads the row from memory and keeps the exponentials in a buffer that stays in the second-level cache, so that
+// each is computed once: the gradient of every divergence here is then a linear combination of what was kept.
 //
 // This file is compiled once per instruction set (KD_ISA names the variant), and once with KD_DISPATCH for the entry
 // points that pick a variant at load. No torch, no libstdc++, no libm, no -ffast-math.
@@ -18,7 +20,7 @@
 #include <immintrin.h>
 #endif
 
-#define KD_ABI 2
+#define KD_ABI 3
 #define KD_MAX_DIMS 8
 
 // ---------------------------------------------------------------------------------------------- the C interface
@@ -38,7 +40,7 @@ struct KdOptions {
 
 // One call. Leading dimensions are common to both sides, each with its own strides, in elements.
 struct KdCall {
-  int64_t mode;  // 0: loss; 1: loss and gradient; 2: loss and state; 3: gradient from state
+  int64_t mode;  // 0: loss; 1: loss and gradient; 2: gradient times upstream
   int64_t rows, classes, width;  // width: the gradient's classes; those from `classes` on get 0
   const void *z, *v;
   int64_t z_type, v_type;    // 0 float, 1 double, 2 bfloat16, 3 half
@@ -48,11 +50,10 @@ struct KdCall {
   const uint8_t* mask;     // [rows] or null
   const double* weights;   // [rows] or null
   double num_items;        // < 0: none given
-  const void* upstream;    // mode 3: [rows] or one, of the loss's type
+  const void* upstream;    // mode 2: [rows] or one, of the loss's type
   int64_t upstream_stride;
   void* gradient;          // [rows, width], of z's type
   void* loss;              // one, or [rows]; float, or double where either side is double
-  double* state;           // [rows, kStateDoubles]
   double* stats;           // [7]
   void (*parallel_for)();  // torch_parallel_for, or null for serial
 };
@@ -90,7 +91,7 @@ constexpr int64_t kBlock = 1024;
 
 enum Type { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
 enum Hard { kNoHard, kSharedHard, kOwnHard };  // no hard term; one at T = 1 that shares q; one with its own softmax
-enum Mode { kLoss, kGradient, kState, kFromState };
+enum Mode { kLoss, kLossAndGradient, kScaledGradient };
 
 KD_FN int64_t type_size(int64_t type) { return type == kFloat ? 4 : type == kDouble ? 8 : 2; }
 
@@ -297,31 +298,48 @@ constexpr bool kReadsTeacher = true;
 template <class R>
 constexpr bool kReadsTeacher<NoDivergence<R>> = false;
 
-// Phase 1.
-template <class R, class D, bool kOwnSum>
-void normalise(const Frame<R>& f, RowState& row) {
+// What phase 1 keeps of a row, block by block relative to the block's own references: the student's exponentials, those
+// of the teacher (or, where the student weighs, the terms of the cross sum), and the student's at T = 1 for the hard term.
+template <class R>
+struct Kept {
+  R *z, *other, *one;        // [classes]; `one` is null where T = 1 or there is no hard term
+  R *z_ref, *v_ref, *one_ref;  // [blocks]
+};
+
+// Phase 1. With kKeep false the loss is all that is wanted, and nothing is kept.
+template <class R, class D, bool kOwnSum, bool kKeep>
+void normalise(const Frame<R>& f, RowState& row, const Kept<R>& kept) {
   alignas(64) R z_block[kBlock], v_block[kBlock];
   row = RowState{};
-  for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
+  for (int64_t begin = 0, b = 0; begin < f.classes; begin += kBlock, ++b) {
     int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
     const R* z = read(f.z, begin, n, z_block);
-    R cz = f.cz, one = f.one, mz = maximum(z, n), rz = reference(mz, cz), r1 = reference(mz, one);
+    R cz = f.cz, one = f.one, mz = maximum(z, n), rz = reference(mz, cz), r1 = reference(mz, one), rv = 0;
+    R *keep_z = kept.z + begin, *keep_other = kept.other + begin, *keep_one = kept.one + begin;
     RowState block{};
     if constexpr (kReadsTeacher<D>) {
       const R* v = read(f.v, begin, n, v_block);
-      R cv = f.cv, rv = reference(maximum(v, n), cv);
+      R cv = f.cv;
+      rv = reference(maximum(v, n), cv);
       R sums[4];
       accumulate(n, sums, [=](int64_t i, R(&term)[4]) {
         R y = z[i] * cz - rz, u = v[i] * cv - rv;
         R ey = kd_exp(y), eu = kd_exp(u);
-        term[0] = ey;
-        term[1] = eu;
         R a = D::kTeacherWeighs ? u : y, b = D::kTeacherWeighs ? y : u, ea = D::kTeacherWeighs ? eu : ey;
         // A class that the weighing side can't produce contributes nothing, also where a or b is infinite. A NaN is in
         // the sums already.
-        if constexpr (D::kCross) term[2] = ea > 0 ? ea * (D::kA == 0 ? D::kB * b : D::kA * a + D::kB * b) : R(0);
-        else term[2] = 0;
-        term[3] = kOwnSum ? kd_exp(z[i] * one - r1) : R(0);
+        R cross = 0;
+        if constexpr (D::kCross) cross = ea > 0 ? ea * (D::kA == 0 ? D::kB * b : D::kA * a + D::kB * b) : R(0);
+        R e1 = kOwnSum ? kd_exp(z[i] * one - r1) : R(0);
+        term[0] = ey;
+        term[1] = eu;
+        term[2] = cross;
+        term[3] = e1;
+        if constexpr (kKeep) {
+          keep_z[i] = ey;
+          keep_other[i] = D::kCross && !D::kTeacherWeighs ? cross : eu;
+          if constexpr (kOwnSum) keep_one[i] = e1;
+        }
       });
       block.z = {rz, sums[0]};
       block.v = {rv, sums[1]};
@@ -329,39 +347,53 @@ void normalise(const Frame<R>& f, RowState& row) {
       if (kOwnSum) block.one = {r1, sums[3]};
     } else {
       R sums[1];
-      accumulate(n, sums, [=](int64_t i, R(&term)[1]) { term[0] = kd_exp(z[i] * cz - rz); });
+      accumulate(n, sums, [=](int64_t i, R(&term)[1]) {
+        term[0] = kd_exp(z[i] * cz - rz);
+        if constexpr (kKeep) keep_z[i] = term[0];
+      });
       block.z = {rz, sums[0]};
+    }
+    if constexpr (kKeep) {
+      kept.z_ref[b] = rz;
+      kept.v_ref[b] = rv;
+      kept.one_ref[b] = r1;
     }
     merge(row, block, D::kTeacherWeighs, D::kA, D::kB);
   }
 }
 
+// What a kept exponential is multiplied by to be a probability.
+KD_FN double to_probability(const Side& side, double block_ref) {
+  return exp_of_shift(block_ref - side.ref) / side.sum;
+}
+
 // The frame's part of a pair: a class that neither side can produce contributes nothing.
 template <class R, class D>
-KD_FN Terms<R> terms_of(const D& d, R lq, R lp) {
-  Terms<R> t = d.terms(lq, lp);
+KD_FN Terms<R> terms_of(const D& d, R lq, R lp, R q, R p) {
+  Terms<R> t = d.terms(lq, lp, q, p);
   bool dead = lq == -Real<R>::kInf && lp == -Real<R>::kInf;
   return {dead ? R(0) : t.phi, dead ? R(0) : t.g};
 }
 
-// Phase 2: sums phi and g, and leaves g in `g_row` for the gradient.
+// Phase 2: sums phi and g, and keeps g where the teacher's exponentials were.
 template <class R, class D>
-double sum_pairs(const Frame<R>& f, D d, RowState& row, R* g_row) {
+double sum_pairs(const Frame<R>& f, D d, RowState& row, const Kept<R>& kept) {
   alignas(64) R z_block[kBlock], v_block[kBlock];
   R rz = (R)row.z.ref, rv = (R)row.v.ref, lz = (R)kd_log(row.z.sum), lv = (R)kd_log(row.v.sum), cz = f.cz, cv = f.cv;
   double phi_sum = 0, g_sum = 0;
-  for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
+  for (int64_t begin = 0, b = 0; begin < f.classes; begin += kBlock, ++b) {
     int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
-    const R *z = read(f.z, begin, n, z_block), *v = read(f.v, begin, n, v_block);
+    const R *z = read(f.z, begin, n, z_block), *v = read(f.v, begin, n, v_block), *ez = kept.z + begin;
+    R* ev_then_g = kept.other + begin;
+    R to_q = (R)to_probability(row.z, kept.z_ref[b]), to_p = (R)to_probability(row.v, kept.v_ref[b]);
     R sums[2];
-    R* out = g_row + begin;
     accumulate(n, sums, [=](int64_t i, R(&term)[2]) {
       // Two steps: one constant for both would lose the logarithm's digits beside a large reference.
       R lq = z[i] * cz - rz - lz, lp = v[i] * cv - rv - lv;
-      Terms<R> t = terms_of(d, lq, lp);
+      Terms<R> t = terms_of(d, lq, lp, ez[i] * to_q, ev_then_g[i] * to_p);
       term[0] = t.phi;
       term[1] = t.g;
-      out[i] = term[1];
+      ev_then_g[i] = t.g;
     });
     phi_sum += sums[0];
     g_sum += sums[1];
@@ -377,51 +409,51 @@ double closed_form(const RowState& row) {
   return D::value(row.cross, a.sum, kd_log(a.sum), kd_log(b.sum));
 }
 
-// Phase 3. `label` is the class of the hard term, or -1. `soft` and `hard` carry the row's weight.
+// Phase 3: with q = to_q ez and so on, every gradient is A ez + B other + C e1, minus the hard term's one-hot. `label` is
+// the class of the hard term, or -1.
 template <class R, class D, int kHard>
-void write_gradient(const Frame<R>& f, const D&, const RowState& row, const R* g_row, double weight, int64_t label,
+void write_gradient(const Frame<R>& f, const RowState& row, const Kept<R>& kept, double weight, int64_t label,
                     void* out, int64_t out_type, bool past_cache) {
-  alignas(64) R z_block[kBlock], v_block[kBlock], block[kBlock];
-  R rz = (R)row.z.ref, rv = (R)row.v.ref, r1 = (R)row.one.ref, cz = f.cz, cv = f.cv, one = f.one;
-  R iz = (R)(1 / row.z.sum), iv = (R)(1 / row.v.sum), i1 = (R)(1 / row.one.sum);
-  R soft = (R)(weight * f.soft), hard = label < 0 ? R(0) : (R)(weight * f.hard);
-  R log_ratio = (R)(kd_log(row.z.sum) - kd_log(row.v.sum));
-  R mean = 0;  // sum of g, or for the reverse KL its part that doesn't cancel
-  if constexpr (kReadsTeacher<D>) {
-    if constexpr (!D::kCross)
-      mean = (R)row.sum_g;
-    else if constexpr (!D::kTeacherWeighs)
-      mean = (R)closed_form<R, D>(row);
+  alignas(64) R block[kBlock], raw_block[kBlock];
+  double soft = weight * f.soft, hard = label < 0 ? 0 : weight * f.hard;
+  double d = 0, log_ratio = 0;  // of the reverse KL, whose gradient is q (l - D)
+  if constexpr (kReadsTeacher<D> && D::kCross && !D::kTeacherWeighs) {
+    d = closed_form<R, D>(row);
+    log_ratio = kd_log(row.z.sum) - kd_log(row.v.sum);
   }
-  for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
+  for (int64_t begin = 0, b = 0; begin < f.classes; begin += kBlock, ++b) {
     int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
-    const R* z = read(f.z, begin, n, z_block);
-    const R* v = nullptr;
-    const R* g = g_row + begin;
-    if constexpr (kReadsTeacher<D> && D::kCross) v = read(f.v, begin, n, v_block);
+    double to_q = to_probability(row.z, kept.z_ref[b]), on_z = 0, on_other = 0, on_one = 0;
+    if constexpr (kReadsTeacher<D>) {
+      if constexpr (!D::kCross) {  // g - q sum g
+        on_z = -soft * row.sum_g * to_q;
+        on_other = soft;
+      } else if constexpr (D::kTeacherWeighs) {  // q - p
+        on_z = soft * to_q;
+        on_other = -soft * to_probability(row.v, kept.v_ref[b]);
+      } else {  // q (l - D); the kept terms are ez (y - u) of exponents relative to the block's references
+        double shift = (kept.z_ref[b] - row.z.ref) - (kept.v_ref[b] - row.v.ref) - log_ratio;
+        on_z = soft * to_q * (shift - d);
+        on_other = soft * to_q;
+      }
+    }
+    if (kHard == kSharedHard) on_z += hard * to_q;
+    if (kHard == kOwnHard) on_one = hard * to_probability(row.one, kept.one_ref[b]);
+
+    const R *ez = kept.z + begin, *other = kept.other + begin, *e1 = kept.one + begin;
+    R A = (R)on_z, B = (R)on_other, C = (R)on_one;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      R y = z[i] * cz - rz;
-      R q = kd_exp(y) * iz, dz = 0;
-      if constexpr (kReadsTeacher<D>) {
-        if constexpr (!D::kCross) {
-          dz = soft * (g[i] - q * mean);
-        } else if constexpr (D::kTeacherWeighs) {
-          dz = soft * (q - kd_exp(v[i] * cv - rv) * iv);
-        } else {
-          R l = y - (v[i] * cv - rv) - log_ratio;
-          dz = q > 0 ? soft * q * (l - mean) : q;  // 0 where q is 0, NaN where it is NaN
-        }
-      }
-      if constexpr (kHard == kSharedHard) dz += hard * q;
-      if constexpr (kHard == kOwnHard) dz += hard * (kd_exp(z[i] * one - r1) * i1);
+      R dz = A * ez[i];
+      if constexpr (kReadsTeacher<D>) dz += B * other[i];
+      if constexpr (kHard == kOwnHard) dz += C * e1[i];
       block[i] = dz;
     }
-    if (kHard != kNoHard && label >= begin && label < begin + n) block[label - begin] -= hard;
+    if (kHard != kNoHard && label >= begin && label < begin + n) block[label - begin] -= (R)hard;
     if (f.z.cap != 0) {  // d (c tanh(s z / c)) / d z
       Reader raw = f.z;
       raw.cap = 0;
-      const R* x = read(raw, begin, n, z_block);
+      const R* x = read(raw, begin, n, raw_block);
       R s = (R)f.z.scale, inner = (R)(f.z.scale / f.z.cap);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) block[i] *= s * tanh_slope_(x[i] * inner);
@@ -518,16 +550,23 @@ void do_rows(int64_t begin, int64_t end, void* context) {
   f.soft = (R)(o.soft_weight * o.t_factor * z_scale / T);
   f.hard = (R)(o.hard_weight * z_scale);
 
-  R* g_row = nullptr;
-  if (pair) {
-    g_row = (R*)malloc(sizeof(R) * c.classes);
-    if (!g_row) {
+  bool writes = c.mode != kLoss;
+  Kept<R> kept{};
+  void* buffer = nullptr;
+  if (writes || pair) {
+    int64_t blocks = (c.classes + kBlock - 1) / kBlock, row_size = blocks * kBlock;
+    buffer = aligned_alloc(64, sizeof(R) * row_size * (kHard == kOwnHard ? 4 : 3));
+    if (!buffer) {
       __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
       return;
     }
+    R* p = (R*)buffer;
+    kept = {p, p + row_size, kHard == kOwnHard ? p + 2 * row_size : nullptr, nullptr, nullptr, nullptr};
+    kept.z_ref = p + row_size * (kHard == kOwnHard ? 3 : 2);
+    kept.v_ref = kept.z_ref + blocks;
+    kept.one_ref = kept.v_ref + blocks;
   }
   int64_t z_size = type_size(c.z_type), v_size = type_size(c.v_type);
-  bool writes = c.mode == kGradient || c.mode == kFromState;
   for (int64_t n = begin; n < end; ++n) {
     double* figures = job.rows ? job.rows + n * job.figures : nullptr;
     char* out = writes ? (char*)c.gradient + n * c.width * z_size : nullptr;
@@ -544,23 +583,23 @@ void do_rows(int64_t begin, int64_t end, void* context) {
     double weight = c.weights ? c.weights[n] : 1;
 
     RowState row;
-    double soft = 0, hard = 0;
-    if (c.mode == kFromState) {
-      memcpy(&row, c.state + n * kStateDoubles, sizeof row);
-      if constexpr (pair) sum_pairs<R, D>(f, d, row, g_row);
-    } else {
-      normalise<R, D, kHard == kOwnHard>(f, row);
-      if constexpr (kHard != kOwnHard) row.one = row.z;
-      if constexpr (pair)
-        soft = sum_pairs<R, D>(f, d, row, g_row);
-      else if constexpr (reads_teacher)
-        soft = closed_form<R, D>(row);
+    double soft = 0;
+    if (writes || pair)
+      normalise<R, D, kHard == kOwnHard, true>(f, row, kept);
+    else
+      normalise<R, D, kHard == kOwnHard, false>(f, row, kept);
+    if constexpr (kHard != kOwnHard) row.one = row.z;
+    if constexpr (pair)
+      soft = sum_pairs<R, D>(f, d, row, kept);
+    else if constexpr (reads_teacher)
+      soft = closed_form<R, D>(row);
+    if (figures) {
+      double hard = 0;
       if (kHard != kNoHard && label >= 0) {
         R at_label[1];
         hard = kd_log(row.one.sum) - ((double)*read(f.z, label, 1, at_label) * (double)f.one - row.one.ref);
       }
       figures[kRowLoss] = weight * (o.soft_weight * o.t_factor * soft + o.hard_weight * hard);
-      if (c.mode == kState) memcpy(c.state + n * kStateDoubles, &row, sizeof row);
       if (o.stats) {
         int64_t best_z, best_v;
         figures[kRowSoft] = o.t_factor * soft;
@@ -573,13 +612,12 @@ void do_rows(int64_t begin, int64_t end, void* context) {
     }
     if (writes) {
       double upstream = 1;
-      if (c.mode == kFromState) upstream = (double)((const R*)c.upstream)[n * c.upstream_stride];
-      write_gradient<R, D, kHard>(f, d, row, g_row, upstream * weight / job.denominator, label, out, c.z_type,
-                                  job.past_cache);
+      if (c.mode == kScaledGradient) upstream = (double)((const R*)c.upstream)[n * c.upstream_stride];
+      write_gradient<R, D, kHard>(f, row, kept, upstream * weight / job.denominator, label, out, c.z_type, job.past_cache);
       if (c.width > c.classes) memset(out + c.classes * z_size, 0, (c.width - c.classes) * z_size);
     }
   }
-  free(g_row);
+  free(buffer);
 #if defined(__x86_64__)
   if (writes && job.past_cache) _mm_sfence();
 #endif
@@ -641,7 +679,7 @@ int64_t run(const KdOptions& o, const KdCall& c) {
   double items = counted == 0 ? 1 : c.num_items >= 0 ? c.num_items : (double)counted;
   if (o.reduction == 0) job.denominator = items;
   job.past_cache = c.rows * c.width * type_size(c.z_type) >= o.stream_bytes;
-  if (c.mode != kFromState) {
+  if (c.mode != kScaledGradient) {
     job.rows = (double*)malloc(sizeof(double) * (c.rows * job.figures + 1));
     if (!job.rows) return kd_no_memory;
   }
@@ -719,7 +757,7 @@ void pointwise(int64_t divergence, const double* params, int64_t n, const double
     D<double> d;                                                  \
     memcpy((void*)&d, params, sizeof d);                          \
     for (int64_t i = 0; i < n; ++i) {                             \
-      Terms<double> t = terms_of(d, lq[i], lp[i]);                    \
+      Terms<double> t = terms_of(d, lq[i], lp[i], kd_exp(lq[i]), kd_exp(lp[i]));                    \
       phi[i] = t.phi;                                             \
       g[i] = t.g;                                                 \
     }                                                             \
@@ -749,7 +787,7 @@ extern "C" __attribute__((visibility("hidden"))) const KdTable kd_table_avx512;
 namespace {
 
 double kd_exp(double x);
-double kd_exp_expm1(double x, double&);
+double kd_expm1(double x);
 double kd_log1p(double x);
 #include "../divergence.h"
 

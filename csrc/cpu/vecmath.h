@@ -123,12 +123,11 @@ KD_FN R exp_(R x) {
   return power * e + power;
 }
 
-// e^x and e^x - 1 for x <= 0, each with all its digits.
+// e^x - 1 for x <= 0.
 template <class R>
-KD_FN R exp_expm1_(R x, R& minus_one) {
+KD_FN R expm1_(R x) {
   R power, e = split_exp(x < Real<R>::kMin ? Real<R>::kMin : x, power);
-  minus_one = power * e + (power - 1);
-  return power * e + power;
+  return power * e + (power - 1);
 }
 
 // log(1 + x) for -1 < x, 1 + x a normal number.
@@ -146,8 +145,8 @@ KD_FN R log1p_(R x) {
 
 KD_FN float kd_exp(float x) { return exp_(x); }
 KD_FN double kd_exp(double x) { return exp_(x); }
-KD_FN float kd_exp_expm1(float x, float& minus_one) { return exp_expm1_(x, minus_one); }
-KD_FN double kd_exp_expm1(double x, double& minus_one) { return exp_expm1_(x, minus_one); }
+KD_FN float kd_expm1(float x) { return expm1_(x); }
+KD_FN double kd_expm1(double x) { return expm1_(x); }
 KD_FN float kd_log1p(float x) { return log1p_(x); }
 KD_FN double kd_log1p(double x) { return log1p_(x); }
 
@@ -160,8 +159,7 @@ KD_FN double kd_log(double x) {
 // tanh x, and 1 - tanh^2 x without the subtraction, through e^(-2|x|).
 template <class R>
 KD_FN R tanh_(R x) {
-  R t;
-  exp_expm1_(-2 * (x < 0 ? -x : x), t);
+  R t = expm1_(-2 * (x < 0 ? -x : x));
   R y = -t / (2 + t);
   return x < 0 ? -y : y;
 }

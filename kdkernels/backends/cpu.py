@@ -18,17 +18,16 @@ from ..spec import REDUCTIONS, LossSpec
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
 # Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
-_ABI = 2
+_ABI = 3
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_MODES = {"loss": 0, "gradient": 1, "state": 2, "from_state": 3}
+_MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2}
 _MAX_DIMS = 8
-_STATE = 8
 _STATS = 7
 _OK, _NO_MEMORY = -1, -2
 
 # KdOptions and KdCall of kd_cpu.cpp, field by field.
 _OPTIONS = struct.Struct("=q 4d 4d 2q 4d q 2q")
-_CALL = struct.Struct("=q 3q 2q 2q 2q q 8q 8q 8q 3q d q q q q q q q")
+_CALL = struct.Struct("=q 3q 2q 2q 2q q 8q 8q 8q 3q d 6q")
 
 
 class CpuBackend:
@@ -66,30 +65,24 @@ class CpuBackend:
         num_items: Tensor | float | None,
         spec: LossSpec,
         classes: int,
-        want: str,
+        with_gradient: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, the stats where the spec asks for them, and what `want` names: gradient, state or nothing more."""
+        """The loss, the stats where the spec asks for them, and the gradient where it is wanted."""
         wide = student.dtype is torch.float64 or teacher.dtype is torch.float64
         R = torch.float64 if wide else torch.float32
         leading = student.shape[:-1]
         loss = torch.empty(leading if spec.reduction == "none" else (), dtype=R)
         stats = torch.empty(_STATS, dtype=torch.float64) if spec.stats else None
-        saved = None
-        if want == "gradient":
-            saved = torch.empty(student.shape, dtype=student.dtype)
-        elif want == "state":
-            saved = torch.empty((leading.numel(), _STATE), dtype=torch.float64)
+        gradient = torch.empty(student.shape, dtype=student.dtype) if with_gradient else None
         self._run(
-            want, student, teacher, labels, mask, token_weights, num_items, spec, classes,
-            gradient=saved if want == "gradient" else None,
-            state=saved if want == "state" else None,
-            loss=loss, stats=stats,
+            "gradient" if with_gradient else "loss",
+            student, teacher, labels, mask, token_weights, num_items, spec, classes,
+            gradient=gradient, loss=loss, stats=stats,
         )  # fmt: skip
-        return loss, None if stats is None else stats.to(R), saved
+        return loss, None if stats is None else stats.to(R), gradient
 
     def gradient(
         self,
-        state: Tensor,
         upstream: Tensor,
         student: Tensor,
         teacher: Tensor,
@@ -100,16 +93,16 @@ class CpuBackend:
         spec: LossSpec,
         classes: int,
     ) -> Tensor:
-        """The gradient from the rows' saved statistics, with the upstream factor applied before the one rounding."""
+        """The gradient alone, with the upstream factor applied before the one rounding."""
         gradient = torch.empty(student.shape, dtype=student.dtype)
         self._run(
-            "from_state", student, teacher, labels, mask, token_weights, num_items, spec, classes,
-            gradient=gradient, state=state, upstream=upstream,
+            "scaled_gradient", student, teacher, labels, mask, token_weights, num_items, spec, classes,
+            gradient=gradient, upstream=upstream,
         )  # fmt: skip
         return gradient
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
-        """The gradient times the upstream one (0-d, or one per row); returns at once where that is 1 and in place."""
+        """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""
         out = gradient if in_place else torch.empty_like(gradient)
         classes = gradient.shape[-1]
         upstream, stride = _upstream(upstream)
@@ -123,7 +116,7 @@ class CpuBackend:
     def pointwise(
         self, name: str, params: tuple[float, ...], lq: Tensor, lp: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The library's phi and g of a divergence at float64 log-probabilities, for comparison with the table's."""
+        """The library's phi and g at float64 log-probabilities, to be compared with the table's."""
         lq, lp = (x.to(torch.float64).contiguous() for x in torch.broadcast_tensors(lq, lp))
         phi, g = torch.empty_like(lq), torch.empty_like(lq)
         library = _load(self._path)
@@ -147,7 +140,6 @@ class CpuBackend:
         classes: int,
         *,
         gradient: Tensor | None = None,
-        state: Tensor | None = None,
         loss: Tensor | None = None,
         stats: Tensor | None = None,
         upstream: Tensor | None = None,
@@ -169,7 +161,7 @@ class CpuBackend:
             len(shape), *_padded(shape), *_padded(z_strides), *_padded(v_strides),
             _pointer(labels), _pointer(mask), _pointer(weights),
             -1.0 if num_items is None else float(num_items),
-            _pointer(upstream), stride, _pointer(gradient), _pointer(loss), _pointer(state), _pointer(stats),
+            _pointer(upstream), stride, _pointer(gradient), _pointer(loss), _pointer(stats),
             library.parallel_for,
         )  # fmt: skip
         result = library.run(library.variant, _packed_options(self._path, spec), call)
@@ -189,8 +181,8 @@ class _Library:
         self.variant = 0
         if not path.exists():
             self.missing = (
-                f"the C++ library {path.name} is not built: install a C++ compiler and reinstall kdkernels, or install "
-                "a wheel that holds it"
+                f"the C++ library {path.name} is not built: install a C++ compiler and reinstall kdkernels, "
+                "or install a wheel that holds it"
             )
             return
         try:
@@ -228,7 +220,7 @@ def _load(path: Path) -> Any:
 
 
 def _torch_parallel_for() -> int:
-    """The address of libtorch's `torch_parallel_for` (2.10 and later), or 0: the library then runs serially."""
+    """The address of libtorch's `torch_parallel_for` (2.10 and later), or 0: the library is then serial."""
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll"):
         path = Path(torch.__file__).parent / "lib" / name
         if path.exists():
@@ -257,7 +249,7 @@ def _packed_options(path: Path, spec: LossSpec) -> bytes:
 
 
 def _common_layout(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[int], list[int], list[int]]:
-    """Leading dimensions merged where both sides allow it, with each side's strides; a copy where too many remain."""
+    """Leading dimensions merged where both sides allow it; each side's strides; copies if too many remain."""
     if z.is_contiguous() and v.is_contiguous():
         return z, v, [z.shape[:-1].numel()], [z.shape[-1]], [v.shape[-1]]
     shape: list[int] = []

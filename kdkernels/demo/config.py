@@ -15,7 +15,8 @@ class Recipe:
         shape: Its size.
         steps: Optimizer steps.
         learning_rate: AdamW's, at its highest.
-        warmup: Steps over which the rate rises from 0; then it falls to 0 along a line.
+        warmup: Steps over which the rate rises from 0.
+        decay: The last part of the steps, over which it falls back to 0.
         weight_decay: On matrices only.
         clip: The largest norm of the gradient.
     """
@@ -24,6 +25,7 @@ class Recipe:
     steps: int
     learning_rate: float
     warmup: int = 20
+    decay: float = 0.7
     weight_decay: float = 0.01
     clip: float = 1.0
 

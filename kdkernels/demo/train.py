@@ -79,9 +79,9 @@ def score(model: nn.Module, scored: np.ndarray, device: torch.device) -> float:
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """The learning rate of a step: a line up over the warm-up, then a line down to 0 at the last."""
+    """The learning rate of a step: a line up over the warm-up, level, then a line down over the last `decay`."""
     up = (step + 1) / recipe.warmup
-    down = (recipe.steps - step) / max(1, recipe.steps - recipe.warmup)
+    down = (recipe.steps - step) / (recipe.decay * recipe.steps)
     return recipe.learning_rate * min(1.0, up, down)
 
 
