@@ -105,7 +105,7 @@ def targets(cases: list[dict[str, Any]]) -> list[Target]:
     def only(chosen: list[dict[str, Any]], objective: str) -> list[dict[str, Any]]:
         return [c for c in chosen if c["objective"] == objective]
 
-    # The loss is what users hand to torch.compile. Whoever derives the gradient first and compiles that gets a
+    # The loss is what users hand to torch.compile. Deriving the gradient first and compiling that makes a
     # better peer, which is shown beside it.
     compiled_loss = against("torch.compile", but="closed_form")
 

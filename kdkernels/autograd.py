@@ -1,9 +1,9 @@
 """The autograd Functions of the fused backends, and nothing else.
 
-Forward writes the gradient in the same pass as the loss and saves only that: both logits tensors can die.
+Forward writes the gradient in the same pass as the loss and saves only that: both logits can die.
 float16 is the exception: the loss scale arrives with the upstream gradient, after the rounding would have
-been made, so there forward computes the loss alone, and backward the gradient with the upstream factor applied
-first.
+been made, so there forward computes the loss alone, and backward the gradient with the upstream factor
+applied first.
 """
 
 from __future__ import annotations
@@ -60,8 +60,12 @@ class KDFunction(torch.autograd.Function):
             # A tensor among them is saved as one, so that a later write to it is noticed.
             is_tensor = isinstance(num_items, Tensor)
             ctx.num_items = None if is_tensor else num_items
-            items = num_items if is_tensor else None
-            ctx.save_for_backward(student, teacher, labels, mask, token_weights, items)
+            tensors = (student, teacher, labels, mask, token_weights, num_items if is_tensor else None)
+            # Autograd refuses to save tensors made under inference_mode; they are kept as they are.
+            ctx.kept = tuple(t if t is not None and t.is_inference() else None for t in tensors)
+            ctx.save_for_backward(
+                *(None if kept is not None else t for t, kept in zip(tensors, ctx.kept, strict=True))
+            )
         else:
             ctx.save_for_backward(gradient)
 
@@ -78,7 +82,10 @@ class KDFunction(torch.autograd.Function):
                 "number of times"
             )
         if ctx.recompute:
-            student, teacher, labels, mask, token_weights, items = ctx.saved_tensors
+            student, teacher, labels, mask, token_weights, items = (
+                saved if kept is None else kept
+                for saved, kept in zip(ctx.saved_tensors, ctx.kept, strict=True)
+            )
             items = ctx.num_items if items is None else items
             gradient = ctx.backend.gradient(
                 upstream, student, teacher, labels, mask, token_weights, items, ctx.spec, ctx.classes

@@ -9,7 +9,7 @@ logits of any D is
 so everything around the pair (softmax, temperature, masks, labels, weights, reductions) is written once per
 backend. The expressions use `xp.exp`, `log`, `log1p`, `where`, `abs` and `maximum` only: `xp` is torch here,
 and a backend that compiles them binds it to its own namespace. Guards against 0 · inf stand inside the
-product (`p * where(p > 0, ..., 0)`), so that autograd of `phi` has no NaN in a branch that was not taken.
+product (`p * where(p == 0, 0, ...)`), so that autograd of `phi` has no NaN in a branch that was not taken.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch as xp
 def phi_forward_kl(lq: Any, lp: Any) -> Any:
     """φ = p (lp − lq)."""
     p = xp.exp(lp)
-    return p * xp.where(p > 0, lp - lq, 0.0)
+    return p * xp.where(p == 0, 0.0, lp - lq)
 
 
 def g_forward_kl(lq: Any, lp: Any) -> Any:
@@ -35,7 +35,7 @@ def g_forward_kl(lq: Any, lp: Any) -> Any:
 def phi_soft_cross_entropy(lq: Any, lp: Any) -> Any:
     """φ = −p lq."""
     p = xp.exp(lp)
-    return -p * xp.where(p > 0, lq, 0.0)
+    return -p * xp.where(p == 0, 0.0, lq)
 
 
 def g_soft_cross_entropy(lq: Any, lp: Any) -> Any:
@@ -46,13 +46,13 @@ def g_soft_cross_entropy(lq: Any, lp: Any) -> Any:
 def phi_reverse_kl(lq: Any, lp: Any) -> Any:
     """φ = q (lq − lp)."""
     q = xp.exp(lq)
-    return q * xp.where(q > 0, lq - lp, 0.0)
+    return q * xp.where(q == 0, 0.0, lq - lp)
 
 
 def g_reverse_kl(lq: Any, lp: Any) -> Any:
     """∂φ/∂lq = q (lq − lp) + q."""
     q = xp.exp(lq)
-    return q * xp.where(q > 0, lq - lp, 0.0) + q
+    return q * xp.where(q == 0, 0.0, lq - lp) + q
 
 
 def phi_jsd(lq: Any, lp: Any, beta: float) -> Any:
@@ -65,8 +65,8 @@ def phi_jsd(lq: Any, lp: Any, beta: float) -> Any:
     d = lp - lq
     t = xp.exp(xp.where(d < 0, d, -d)) - 1.0
     log_mix = xp.log1p(xp.where(d < 0, beta * t, (1.0 - beta) * t))
-    lp_lm = xp.where(p > 0, xp.where(d < 0, d, 0.0) - log_mix, 0.0)
-    lq_lm = xp.where(q > 0, xp.where(d < 0, 0.0, -d) - log_mix, 0.0)
+    lp_lm = xp.where(p == 0, 0.0, xp.where(d < 0, d, 0.0) - log_mix)
+    lq_lm = xp.where(q == 0, 0.0, xp.where(d < 0, 0.0, -d) - log_mix)
     return beta * p * lp_lm + (1.0 - beta) * q * lq_lm
 
 
@@ -76,7 +76,7 @@ def g_jsd(lq: Any, lp: Any, beta: float) -> Any:
     d = lp - lq
     t = xp.exp(xp.where(d < 0, d, -d)) - 1.0
     log_mix = xp.log1p(xp.where(d < 0, beta * t, (1.0 - beta) * t))
-    return (1.0 - beta) * q * xp.where(q > 0, xp.where(d < 0, 0.0, -d) - log_mix, 0.0)
+    return (1.0 - beta) * q * xp.where(q == 0, 0.0, xp.where(d < 0, 0.0, -d) - log_mix)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from . import reference, registry
 from .autograd import run_fused
+from .caller import warn_once
 from .divergences import Parametrised
 from .sources import Logits, PostProcessing, unwrap
 from .spec import LossSpec, make_spec
@@ -328,8 +328,8 @@ def _check(student: Any, teacher: Any, labels: Any, options: dict[str, Any], sta
             raise ValueError(
                 f"student and teacher must have the same vocabulary, got V = {classes} and "
                 f"V = {v.shape[-1]}: if the tokenizers agree on the shared ids and the rest is padding, pass "
-                "pad_vocab=True (classes beyond the smaller V leave both softmaxes) or slice the larger one; else the two "
-                "don't speak of the same classes"
+                "pad_vocab=True (classes beyond the smaller V leave both softmaxes) or slice the larger one; "
+                "else the two don't speak of the same classes"
             )
         classes = min(classes, v.shape[-1])
     if v.device != z.device:
@@ -368,7 +368,11 @@ def _check(student: Any, teacher: Any, labels: Any, options: dict[str, Any], sta
         _check_num_items(num_items, spec.reduction)
     if options["hard_weight"] is None:
         if labels is not None:
-            _warn_unused_labels()
+            warn_once(
+                "unused labels",
+                "labels are given and hard_weight is None: they choose which rows count and there is no hard "
+                "term. Pass hard_weight=0.0 if that is meant, or a weight",
+            )
     elif spec.hard_weight != 0 and labels is None:
         raise ValueError(f"labels must be given with hard_weight={spec.hard_weight}, got None")
     return _Call(z, v, labels, mask, token_weights, num_items, spec, classes)
@@ -413,18 +417,3 @@ def _check_num_items(num_items: Any, reduction: str) -> None:
         raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
     elif not (math.isfinite(num_items) and num_items >= 0):
         raise ValueError(f"num_items must be finite and >= 0, got {num_items}")
-
-
-_warned_unused_labels = False
-
-
-def _warn_unused_labels() -> None:
-    global _warned_unused_labels
-    if not _warned_unused_labels:
-        _warned_unused_labels = True
-        warnings.warn(
-            "labels are given and hard_weight is None: they choose which rows count and there is no hard "
-            "term. Pass hard_weight=0.0 if that is meant, or a weight",
-            UserWarning,
-            stacklevel=5,
-        )

@@ -72,7 +72,7 @@ def _kd_loss(
     # With both weights 0, or N = 0, the loss still hangs on the logits.
     loss = torch.where(rows, loss, z.sum(-1) * 0)
     if token_weights is not None:
-        loss = loss * token_weights.to(R)
+        loss = loss * torch.where(rows, token_weights.to(R), 0.0)
     stats = _stats(z.detach(), v, soft.detach(), hard.detach(), labels, rows, labelled, num_items, spec)
     return reduce(loss, rows, num_items, spec.reduction), stats
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .backends import cpu
+from .caller import warn_once
 from .spec import LossSpec
 
 
@@ -51,8 +51,6 @@ BACKENDS: dict[str, Backend] = {
     b.name: b for b in (_Absent("cuda"), _Absent("triton"), cpu.BACKEND, _Reference())
 }
 
-_warned: set[str] = set()
-
 
 def reason(backend: Backend, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
     """Why a backend can't run a call, or None where it can."""
@@ -76,16 +74,11 @@ def choose(name: str | None, spec: LossSpec, student: Tensor, teacher: Tensor) -
         return cpu.BACKEND
     reasons = {b.name: reason(b, spec, student, teacher) for b in BACKENDS.values()}
     chosen = next(BACKENDS[n] for n, why in reasons.items() if why is None)
-    if chosen.name == "reference":
-        _warn_once(student.device.type, reasons)
+    device = student.device.type
+    if chosen.name == "reference" and device != "meta":
+        why = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
+        warn_once(
+            f"unfused on {device}",
+            f"kdkernels runs unfused, on backend='reference', for {device} tensors ({why})",
+        )
     return chosen
-
-
-def _warn_once(device: str, reasons: dict[str, str | None]) -> None:
-    if device in _warned or device == "meta":
-        return
-    _warned.add(device)
-    why = "; ".join(f"{n}: {r}" for n, r in reasons.items() if r)
-    warnings.warn(
-        f"kdkernels runs unfused, on backend='reference', for {device} tensors ({why})", stacklevel=4
-    )

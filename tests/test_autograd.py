@@ -166,7 +166,7 @@ def test_logits_changed_before_backward(backend: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_logits_can_die_after_forward(dtype: torch.dtype, reduction: str) -> None:
-    """The fused loss keeps one gradient and neither side's logits: their storages are gone before backward."""
+    """The fused loss keeps one gradient and neither side's logits: their memory is gone before backward."""
     leaf, v = logits(5, 70, dtype=dtype, requires_grad=True), logits(5, 70, dtype=dtype)
     z = leaf * 1.0
     o = USUAL.but(reduction=reduction, hard_weight=0.0)
@@ -344,6 +344,8 @@ def test_teacher_that_requires_grad(backend: str) -> None:
         ValueError, match=r"(?s)teacher.*(detach|no_grad).*ignore|teacher.*ignore.*(detach|no_grad)"
     ):
         kd.kd_loss(z, v, backend=backend)
+    with pytest.raises(ValueError, match="teacher"):
+        kd.kd_loss(z, kd.Logits(v * 1.0, softcap=5.0), backend=backend)
     loss = kd.kd_loss(z, v * 1.0, teacher_requires_grad="ignore", backend=backend)
     loss.backward()
     assert v.grad is None and z.grad is not None

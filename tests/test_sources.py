@@ -157,6 +157,13 @@ def test_strides(backend: str, divergence: str | float, dtype: torch.dtype) -> N
             raise AssertionError(f"student {name!r}, teacher {other!r}: {error}") from error
 
 
+def test_many_dimensions_that_do_not_collapse(backend: str) -> None:
+    """Nine leading dims, each with its own stride, on both sides in another order."""
+    z, v = logits(*[2] * 9, 5, dtype=torch.float32), logits(*[2] * 9, 5, dtype=torch.float32)
+    z, v = z.permute(*range(8, -1, -1), 9), v.permute(1, 3, 5, 7, 0, 2, 4, 6, 8, 9)
+    check(z, v, torch.randint(5, [2] * 9), Options(0.5, hard_weight=0.5, reduction="none"), backend=backend)
+
+
 def test_strided_small_tensors(backend: str) -> None:
     """Labels, mask, weights and upstream gradient of every stride mean what they mean when contiguous."""
     z, v = logits(3, 4, 9), logits(3, 4, 9)

@@ -20,7 +20,7 @@
 #include <immintrin.h>
 #endif
 
-#define KD_ABI 3
+#define KD_ABI 4
 #define KD_MAX_DIMS 8
 
 // ---------------------------------------------------------------------------------------------- the C interface
@@ -67,7 +67,7 @@ enum { kd_ok = -1, kd_no_memory = -2 };  // a value >= 0 is the first counted ro
 struct KdTable {
   int64_t (*run)(const KdOptions*, const KdCall*);
   void (*scale)(const void* in, void* out, int64_t rows, int64_t classes, int64_t type, const void* upstream,
-                int64_t upstream_stride, int64_t grain, void (*parallel_for)());
+                int64_t upstream_type, int64_t upstream_stride, int64_t grain, void (*parallel_for)());
   void (*pointwise)(int64_t divergence, const double* params, int64_t n, const double* lq, const double* lp,
                     double* phi, double* g);
 };
@@ -409,8 +409,8 @@ double closed_form(const RowState& row) {
   return D::value(row.cross, a.sum, kd_log(a.sum), kd_log(b.sum));
 }
 
-// Phase 3: with q = to_q ez and so on, every gradient is A ez + B other + C e1, minus the hard term's one-hot. `label` is
-// the class of the hard term, or -1.
+// Phase 3: with q = to_q ez and so on, every gradient is W (A ez + B other) + Z ez + C e1, minus the hard term's one-hot.
+// `label` is the class of the hard term, or -1.
 template <class R, class D, int kHard>
 void write_gradient(const Frame<R>& f, const RowState& row, const Kept<R>& kept, double weight, int64_t label,
                     void* out, int64_t out_type, bool past_cache) {
@@ -423,29 +423,34 @@ void write_gradient(const Frame<R>& f, const RowState& row, const Kept<R>& kept,
   }
   for (int64_t begin = 0, b = 0; begin < f.classes; begin += kBlock, ++b) {
     int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
-    double to_q = to_probability(row.z, kept.z_ref[b]), on_z = 0, on_other = 0, on_one = 0;
+    double to_q = to_probability(row.z, kept.z_ref[b]), on_both = 0, on_z = 0, on_other = 0;
     if constexpr (kReadsTeacher<D>) {
       if constexpr (!D::kCross) {  // g - q sum g
-        on_z = -soft * row.sum_g * to_q;
-        on_other = soft;
+        on_both = soft;
+        on_z = -row.sum_g * to_q;
+        on_other = 1;
       } else if constexpr (D::kTeacherWeighs) {  // q - p
-        on_z = soft * to_q;
-        on_other = -soft * to_probability(row.v, kept.v_ref[b]);
+        // The larger factor in front: where p = q, both others are 1 and the difference is exactly 0.
+        double to_p = to_probability(row.v, kept.v_ref[b]), larger = to_q > to_p ? to_q : to_p;
+        on_both = soft * larger;
+        on_z = larger == 0 ? 0 : to_q / larger;
+        on_other = larger == 0 ? 0 : -to_p / larger;
       } else {  // q (l - D); the kept terms are ez (y - u) of exponents relative to the block's references
         double shift = (kept.z_ref[b] - row.z.ref) - (kept.v_ref[b] - row.v.ref) - log_ratio;
-        on_z = soft * to_q * (shift - d);
-        on_other = soft * to_q;
+        on_both = soft * to_q;
+        on_z = shift - d;
+        on_other = 1;
       }
     }
-    if (kHard == kSharedHard) on_z += hard * to_q;
-    if (kHard == kOwnHard) on_one = hard * to_probability(row.one, kept.one_ref[b]);
 
     const R *ez = kept.z + begin, *other = kept.other + begin, *e1 = kept.one + begin;
-    R A = (R)on_z, B = (R)on_other, C = (R)on_one;
+    R W = (R)on_both, A = (R)on_z, B = (R)on_other, Z = kHard == kSharedHard ? (R)(hard * to_q) : R(0);
+    R C = kHard == kOwnHard ? (R)(hard * to_probability(row.one, kept.one_ref[b])) : R(0);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      R dz = A * ez[i];
-      if constexpr (kReadsTeacher<D>) dz += B * other[i];
+      R dz = 0;
+      if constexpr (kReadsTeacher<D>) dz = W * (A * ez[i] + B * other[i]);
+      if constexpr (kHard == kSharedHard) dz += Z * ez[i];
       if constexpr (kHard == kOwnHard) dz += C * e1[i];
       block[i] = dz;
     }
@@ -599,7 +604,10 @@ void do_rows(int64_t begin, int64_t end, void* context) {
         R at_label[1];
         hard = kd_log(row.one.sum) - ((double)*read(f.z, label, 1, at_label) * (double)f.one - row.one.ref);
       }
-      figures[kRowLoss] = weight * (o.soft_weight * o.t_factor * soft + o.hard_weight * hard);
+      // A term of weight 0 is absent, also where it is infinite.
+      double loss = o.soft_weight == 0 ? 0 : o.soft_weight * o.t_factor * soft;
+      if (o.hard_weight != 0) loss += o.hard_weight * hard;
+      figures[kRowLoss] = weight * loss;
       if (o.stats) {
         int64_t best_z, best_v;
         figures[kRowSoft] = o.t_factor * soft;
@@ -713,12 +721,12 @@ struct Scaling {
   char* out;
   int64_t classes, type;
   const void* upstream;
-  int64_t stride;
+  int64_t upstream_type, stride;
 };
 
-template <class R>
 KD_FN double upstream_of(const Scaling& s, int64_t n) {
-  return (double)((const R*)s.upstream)[n * s.stride];
+  int64_t i = n * s.stride;
+  return s.upstream_type == kDouble ? ((const double*)s.upstream)[i] : (double)((const float*)s.upstream)[i];
 }
 
 template <class R>
@@ -727,27 +735,27 @@ void scale_rows(int64_t begin, int64_t end, void* context) {
   alignas(64) R block[kBlock];
   for (int64_t n = begin; n < end; ++n) {
     int64_t size = type_size(s.type);
-    R factor = (R)upstream_of<R>(s, n);
+    R factor = (R)upstream_of(s, n);
     Reader row{s.in + n * s.classes * size, s.type, 1, 1, 0};
     for (int64_t i = 0; i < s.classes; i += kBlock) {
       int64_t m = s.classes - i < kBlock ? s.classes - i : kBlock;
       const R* x = read(row, i, m, block);
 #pragma omp simd
-      for (int64_t j = 0; j < m; ++j) block[j] = x[j] * factor;
+      for (int64_t j = 0; j < m; ++j) block[j] = x[j] == 0 ? R(0) : x[j] * factor;  // rows that don't count stay 0
       write(s.out + n * s.classes * size, s.type, i, m, block, false);
     }
   }
 }
 
 // out = in * upstream, row by row; in place it returns at once where every factor is 1.
-void scale(const void* in, void* out, int64_t rows, int64_t classes, int64_t type, const void* upstream, int64_t stride,
-           int64_t grain, void (*parallel_for)()) {
-  Scaling s{(const char*)in, (char*)out, classes, type, upstream, stride};
-  bool wide = type == kDouble, ones = in == out;
+void scale(const void* in, void* out, int64_t rows, int64_t classes, int64_t type, const void* upstream,
+           int64_t upstream_type, int64_t stride, int64_t grain, void (*parallel_for)()) {
+  Scaling s{(const char*)in, (char*)out, classes, type, upstream, upstream_type, stride};
+  bool ones = in == out;
   for (int64_t n = 0; ones && n < (stride == 0 && rows > 1 ? 1 : rows); ++n)
-    ones = (wide ? upstream_of<double>(s, n) : upstream_of<float>(s, n)) == 1;
+    ones = upstream_of(s, n) == 1;
   if (ones) return;
-  parallel(parallel_for, rows, rows_per_task(grain, classes), wide ? scale_rows<double> : scale_rows<float>, &s);
+  parallel(parallel_for, rows, rows_per_task(grain, classes), type == kDouble ? scale_rows<double> : scale_rows<float>, &s);
 }
 
 void pointwise(int64_t divergence, const double* params, int64_t n, const double* lq, const double* lp, double* phi,
@@ -852,8 +860,9 @@ KD_EXPORT int64_t kd_run(int64_t variant, const KdOptions* options, const KdCall
 }
 
 KD_EXPORT void kd_scale(int64_t variant, const void* in, void* out, int64_t rows, int64_t classes, int64_t type,
-                        const void* upstream, int64_t upstream_stride, int64_t grain, void (*parallel_for)()) {
-  table_of(variant)->scale(in, out, rows, classes, type, upstream, upstream_stride, grain, parallel_for);
+                        const void* upstream, int64_t upstream_type, int64_t upstream_stride, int64_t grain,
+                        void (*parallel_for)()) {
+  table_of(variant)->scale(in, out, rows, classes, type, upstream, upstream_type, upstream_stride, grain, parallel_for);
 }
 
 KD_EXPORT void kd_pointwise(int64_t variant, int64_t divergence, const double* params, int64_t n, const double* lq,

@@ -18,7 +18,7 @@ from ..spec import REDUCTIONS, LossSpec
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
 # Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
-_ABI = 3
+_ABI = 4
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2}
 _MAX_DIMS = 8
@@ -109,7 +109,7 @@ class CpuBackend:
         library = _load(self._path)
         library.scale(
             library.variant, gradient.data_ptr(), out.data_ptr(), gradient.numel() // classes, classes,
-            _TYPES[gradient.dtype], upstream.data_ptr(), stride, tuning.CPU.grain, library.parallel_for,
+            _TYPES[gradient.dtype], upstream.data_ptr(), _TYPES[upstream.dtype], stride, tuning.CPU.grain, library.parallel_for,
         )  # fmt: skip
         return out
 
@@ -201,7 +201,10 @@ class _Library:
         lib.kd_variant.argtypes, lib.kd_variant.restype = [i64], ctypes.c_char_p
         lib.kd_divergence.argtypes, lib.kd_divergence.restype = [ctypes.c_char_p], i64
         lib.kd_run.argtypes, lib.kd_run.restype = [i64, ctypes.c_char_p, ctypes.c_char_p], i64
-        lib.kd_scale.argtypes, lib.kd_scale.restype = [i64, ptr, ptr, i64, i64, i64, ptr, i64, i64, ptr], None
+        lib.kd_scale.argtypes, lib.kd_scale.restype = (
+            [i64, ptr, ptr, i64, i64, i64, ptr, i64, i64, i64, ptr],
+            None,
+        )
         lib.kd_pointwise.argtypes = [i64, i64, ctypes.c_char_p, i64, ptr, ptr, ptr, ptr]
         lib.kd_pointwise.restype = None
         names: list[str] = []

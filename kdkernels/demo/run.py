@@ -56,11 +56,20 @@ class Place:
         }
 
 
-def run(config: Config, out: Path, device: torch.device) -> int:
+def run(config: Config, out: Path, device: torch.device, root: Path | None = None) -> int:
     """Run the demo and write `report.md`, `curves.png` and `figures.json` under `out`.
+
+    Args:
+        config: The numbers.
+        out: Folder of the report and of the finished parts.
+        device: Where models are trained and losses measured.
+        root: The sources to learn from; this Python's standard library where None.
 
     Returns:
         The exit status: 0, or 1 where the verdict names a failure.
+
+    Raises:
+        RuntimeError: no sources to learn from.
     """
     started = time.perf_counter()
     place = Place(Parts(out / "cache"), device, bench.Progress())
@@ -68,7 +77,7 @@ def run(config: Config, out: Path, device: torch.device) -> int:
     progress.say(
         f"kdkernels demo on {device}, {torch.get_num_threads()} threads; finished parts are kept in {out / 'cache'}"
     )
-    text = corpus.read_corpus()
+    text = corpus.read_corpus(root)
     data, tokens_key = _data(config, text, place)
     teacher = _model(config, place, data, "teacher", config.teacher, 0, None, {"tokens": tokens_key})
     figures = _language_figures(config, place, data, teacher, {"tokens": tokens_key})
