@@ -221,7 +221,7 @@ def case_rows(cases: list[dict[str, Any]]) -> list[list[str]]:
                 label += " (fastest)" if method["family"] != "kdkernels" else ""
             cells = [case["objective"], label]
             if method["problem"]:
-                cells += [method["problem"], *[""] * 8]
+                cells += [method["problem"].partition(":")[0].upper(), *[""] * 8]
             else:
                 cells += _time_cells(times, full=True) + _time_cells(
                     method["times"].get("raised"), full=False
@@ -270,7 +270,7 @@ def notes(document: dict[str, Any]) -> list[str]:
     if env["device"] == "cpu":
         lines.append(
             "“Raised”: glibc's mmap and trim thresholds raised for the whole process, so that freed memory "
-            "is kept; the reference backend is not timed there."
+            "is kept; fp32 only, and without the reference backend."
         )
         cache = document["settings"]["cache_bytes"]
         for shape, dtype, sets, size in dict.fromkeys(
@@ -293,6 +293,12 @@ def notes(document: dict[str, Any]) -> list[str]:
             "milliseconds: these times and ratios say little."
         )
     lines += [f"{line}." for line in settings["stopped"]]
+    lines += [
+        f"{tuple(case['shape'])} {case['dtype']} {case['objective']}, {method['name']} {method['problem']}."
+        for case in document["cases"]
+        for method in case["methods"]
+        if method["problem"]
+    ]
     lines += [f"Backend {name}: {why}." for name, why in settings["unavailable"].items()]
     return lines
 

@@ -11,7 +11,8 @@ from .divergences import Parametrised, resolve
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@dataclass(frozen=True)
+# Compared by identity, which is cheap as a key: `make_spec` gives the same record for the same options.
+@dataclass(frozen=True, eq=False)
 class LossSpec:
     """Every option of the loss that is not a tensor.
 

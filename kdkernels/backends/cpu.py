@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from functools import cache, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,21 +36,26 @@ class CpuBackend:
 
     def __init__(self, path: Path = LIBRARY) -> None:
         self._path = path
+        self._packed: dict[LossSpec, bytes] = {}
+
+    @cached_property
+    def _library(self) -> _Library:
+        return _Library(self._path)
 
     @property
     def variants(self) -> tuple[str, ...]:
         """The instruction sets that the library was built for and this processor has, best first."""
-        return _load(self._path).variants
+        return self._library.variants
 
     def available(self, device: torch.device) -> str | None:
         """None where the library is loaded and the tensors are on a CPU, else why not."""
         if device.type != "cpu":
             return f"runs on CPU tensors, these are on {device.type}"
-        return _load(self._path).missing
+        return self._library.missing
 
     def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
         """None where the library has the divergence, else why not."""
-        if _divergence_number(self._path, spec.divergence) < 0:
+        if self._library.number(spec.divergence) < 0:
             return f"has no C++ expression of the divergence {spec.divergence!r}"
         return None
 
@@ -106,10 +110,11 @@ class CpuBackend:
         out = gradient if in_place else torch.empty_like(gradient)
         classes = gradient.shape[-1]
         upstream, stride = _upstream(upstream)
-        library = _load(self._path)
+        library = self._library
         library.scale(
             library.variant, gradient.data_ptr(), out.data_ptr(), gradient.numel() // classes, classes,
-            _TYPES[gradient.dtype], upstream.data_ptr(), _TYPES[upstream.dtype], stride, tuning.CPU.grain, library.parallel_for,
+            _TYPES[gradient.dtype], upstream.data_ptr(), _TYPES[upstream.dtype], stride, tuning.CPU.grain,
+            library.parallel_for,
         )  # fmt: skip
         return out
 
@@ -119,10 +124,10 @@ class CpuBackend:
         """The library's phi and g at float64 log-probabilities, to be compared with the table's."""
         lq, lp = (x.to(torch.float64).contiguous() for x in torch.broadcast_tensors(lq, lp))
         phi, g = torch.empty_like(lq), torch.empty_like(lq)
-        library = _load(self._path)
+        library = self._library
         values = struct.pack("4d", *params, *[0.0] * (4 - len(params)))
         library.pointwise(
-            library.variant, _divergence_number(self._path, name), values, lq.numel(),
+            library.variant, library.number(name), values, lq.numel(),
             lq.data_ptr(), lp.data_ptr(), phi.data_ptr(), g.data_ptr(),
         )  # fmt: skip
         return phi, g
@@ -144,7 +149,7 @@ class CpuBackend:
         stats: Tensor | None = None,
         upstream: Tensor | None = None,
     ) -> None:
-        library = _load(self._path)
+        library = self._library
         student, teacher, shape, z_strides, v_strides = _common_layout(student.detach(), teacher)
         rows = student.shape[:-1].numel()
         # These are [rows] only; the copies live until the library returns.
@@ -164,12 +169,28 @@ class CpuBackend:
             _pointer(upstream), stride, _pointer(gradient), _pointer(loss), _pointer(stats),
             library.parallel_for,
         )  # fmt: skip
-        result = library.run(library.variant, _packed_options(self._path, spec), call)
+        result = library.run(library.variant, self._options(spec), call)
         if result == _NO_MEMORY:
             raise MemoryError("kdkernels' CPU library could not allocate its per-thread row buffer")
         if result != _OK:
             assert labels is not None
             raise ValueError(label_error(int(labels.flatten()[result]), result, rows, classes))
+
+    def _options(self, spec: LossSpec) -> bytes:
+        packed = self._packed.get(spec)
+        if packed is None:
+            # A schedule of temperatures makes many; what is dropped is made again.
+            if len(self._packed) >= 256:
+                self._packed.clear()
+            params = (*spec.params, *[0.0] * (4 - len(spec.params)))
+            packed = self._packed[spec] = _OPTIONS.pack(
+                self._library.number(spec.divergence), *params,
+                spec.temperature, spec.soft_weight, spec.t_factor, spec.hard_weight,
+                spec.ignore_index, REDUCTIONS.index(spec.reduction),
+                spec.student_scale, spec.student_softcap, spec.teacher_scale, spec.teacher_softcap,
+                int(spec.stats), tuning.CPU.stream_bytes, tuning.CPU.grain,
+            )  # fmt: skip
+        return packed
 
 
 class _Library:
@@ -211,15 +232,14 @@ class _Library:
         while (name := lib.kd_variant(len(names))) is not None:
             names.append(name.decode())
         self.variants = tuple(names)
-        self.divergence, self.run, self.scale, self.pointwise = (
+        self._number, self.run, self.scale, self.pointwise = (
             lib.kd_divergence, lib.kd_run, lib.kd_scale, lib.kd_pointwise
         )  # fmt: skip
         self.parallel_for = _torch_parallel_for()
 
-
-@cache
-def _load(path: Path) -> Any:
-    return _Library(path)
+    def number(self, divergence: str) -> int:
+        """The library's number of a divergence, or -1 where it has none of that name."""
+        return self._number(divergence.encode())
 
 
 def _torch_parallel_for() -> int:
@@ -232,23 +252,6 @@ def _torch_parallel_for() -> int:
             except (OSError, AttributeError):
                 return 0
     return 0
-
-
-@cache
-def _divergence_number(path: Path, name: str) -> int:
-    return _load(path).divergence(name.encode())
-
-
-@lru_cache(maxsize=256)
-def _packed_options(path: Path, spec: LossSpec) -> bytes:
-    params = (*spec.params, *[0.0] * (4 - len(spec.params)))
-    return _OPTIONS.pack(
-        _divergence_number(path, spec.divergence), *params,
-        spec.temperature, spec.soft_weight, spec.t_factor, spec.hard_weight,
-        spec.ignore_index, REDUCTIONS.index(spec.reduction),
-        spec.student_scale, spec.student_softcap, spec.teacher_scale, spec.teacher_softcap,
-        int(spec.stats), tuning.CPU.stream_bytes, tuning.CPU.grain,
-    )  # fmt: skip
 
 
 def _common_layout(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[int], list[int], list[int]]:

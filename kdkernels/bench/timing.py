@@ -158,7 +158,7 @@ def race(
     min_rounds: int = 20,
     min_seconds: float = 0.0,
     max_rounds: int = 500,
-    warmup: int = 2,
+    warmup: int = 1,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
     """Times contestants against each other, so that a slow spell of the machine falls on all of them.

@@ -3,8 +3,8 @@
 Unigram: P(w)   = max(c(w) - d, 0) / n      + d · types / n         · 1 / V
 Bigram:  P(w|u) = max(c(u, w) - d, 0) / c(u) + d · types(u) / c(u)  · P(w)
 
-where types(u) counts the distinct successors of u, an unseen u leaves P(w), and d = n1 / (n1 + 2 n2) from the numbers of
-n-grams seen once and twice (Ney, Essen and Kneser 1994). Both sum to one over the vocabulary.
+where types(u) counts the distinct successors of u, an unseen u leaves P(w), and d = n1 / (n1 + 2 n2) from the
+numbers of n-grams seen once and twice (Ney, Essen and Kneser 1994). Both sum to one over the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def discount(counts: np.ndarray) -> float:
-    """Ney's estimate of the discount from the counts of the n-grams seen; 0.5 where none was seen once or twice."""
+    """Ney's discount from the counts of the n-grams seen; 0.5 where none was seen once or none twice."""
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())
     return once / (once + 2 * twice) if once and twice else 0.5
 

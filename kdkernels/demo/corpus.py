@@ -1,4 +1,4 @@
-"""Real text that every machine has: the sources of Python's own standard library, split by file, as BPE tokens."""
+"""Real text that every machine has: Python's own standard library, split by file, as BPE tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import numpy as np
 SPLITS = ("train", "validation", "heldout")
 END_OF_FILE = "<|file|>"
 
-# Left out: code that isn't the standard library's own (*-packages); tests, which distributions package separately, so
-# that one Python version has one corpus; tables rather than prose or code (codec maps, pydoc's dump of the manual,
-# build settings). `encodings` and `pydoc_data` alone are 2 MB of near-copies.
+# Left out: code that isn't the standard library's own (*-packages); tests, which distributions package apart,
+# so that one Python version has one corpus; tables rather than code (codec maps, pydoc's dump of the manual,
+# build settings): `encodings` and `pydoc_data` alone are 2 MB, mostly near-copies.
 LEFT_OUT = frozenset(
     "site-packages dist-packages test tests idle_test __pycache__ encodings pydoc_data lib-dynload".split()
 )
@@ -42,7 +42,7 @@ class Corpus:
 
 
 def split_of(relative_path: str) -> str:
-    """Which split a file belongs to: decided by its path alone, 80 % train, 10 % validation, 10 % held out."""
+    """Which split a file belongs to: by its path alone, 80 % train, 10 % validation, 10 % held out."""
     bucket = int.from_bytes(hashlib.sha256(relative_path.encode()).digest()[:8], "big") % 10
     return "heldout" if bucket == 0 else "validation" if bucket == 1 else "train"
 
@@ -50,7 +50,7 @@ def split_of(relative_path: str) -> str:
 def read_corpus(root: Path | None = None) -> Corpus:
     """Read the standard library's sources.
 
-    A file whose bytes equal those of an earlier one is dropped, so that no held-out file is also a training file.
+    A file equal to an earlier one is dropped, so that no held-out file is also a training file.
 
     Args:
         root: the folder to read; this Python's standard library where None.
@@ -126,7 +126,7 @@ def encode(tokenizer_json: str, texts: list[str]) -> np.ndarray:
 
 
 def windows(stream: np.ndarray, context: int) -> np.ndarray:
-    """The stream cut into windows of `context` predictions: [n, context + 1], each sharing one token with the next."""
+    """Windows of `context` predictions, [n, context + 1]; each shares one token with the next."""
     count = (len(stream) - 1) // context
     if count < 1:
         raise ValueError(f"the stream has {len(stream)} tokens, fewer than one window of {context + 1}")
@@ -146,7 +146,7 @@ def spread_windows(stream: np.ndarray, context: int, count: int) -> np.ndarray:
 def batch(all_windows: np.ndarray, size: int, seed: int, step: int) -> np.ndarray:
     """The windows of training step `step`: [size, context + 1].
 
-    Each epoch is a permutation drawn from (seed, epoch), so a step's batch is known without running the steps before.
+    Each epoch is a permutation drawn from (seed, epoch), so a step's batch needs no step before it.
     """
     total = len(all_windows)
     positions = np.arange(step * size, (step + 1) * size)

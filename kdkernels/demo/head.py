@@ -46,8 +46,8 @@ def measure(
     """Time and peak memory of one implementation at one size; to be run in a fresh process.
 
     Returns:
-        `seconds` (median of `repeats`), `best_seconds`, `first_seconds` (compilation included), `peak_bytes` beyond
-        both logits, `method` of that measurement, `loss` and `gradient_norm` to compare implementations by,
+        `seconds` (median of `repeats`), `best_seconds`, `first_seconds` (compilation included), `peak_bytes`
+        beyond both logits, `method` of that measurement, `loss` and `gradient_norm` to compare by,
         `backend` of `kd_loss`, and `busy_neighbours`, the CPUs that other processes used meanwhile.
     """
     torch.set_num_threads(threads)
@@ -90,9 +90,9 @@ def measure(
 
 
 def reason(error: bench.ProcessDied) -> str:
-    """Why a measurement has no result, in one line: the last line of the traceback that is the root of it."""
+    """Why a measurement has no result, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch.compile wraps what went wrong and closes with advice on debugging: the first "SomeError: text" is the cause.
+    # torch.compile wraps what went wrong and closes with advice: the first "SomeError: text" is the cause.
     named = [
         line
         for line in lines

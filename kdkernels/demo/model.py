@@ -73,13 +73,13 @@ class Transformer(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # Layers that write into the residual stream start smaller, so that its variance doesn't grow with depth.
+                # What writes into the residual stream starts smaller: its variance mustn't grow with depth.
                 writes = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if writes else 0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, L, V]."""
-        # Normed, so that the embeddings, small enough to be tied to the head, aren't drowned by the first block's output.
+        # Normed: embeddings small enough to be tied to the head would be drowned by the first block's output.
         x = F.rms_norm(self.embed(ids), (self.embed.embedding_dim,))
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for block in self.blocks:

@@ -1,7 +1,7 @@
 """Finished parts of a run on disk, so that an interrupted one goes on: whole or absent, and never stale.
 
-A part is an .npz without pickle: arrays, facts (JSON), and the key it was made under. A key is everything that the part
-depends on, and is part of the file's name, so a changed setting, corpus, version or source finds nothing and starts over.
+A part is an .npz without pickle: arrays, facts (JSON), and the key it was made under. A key is everything the
+part depends on, and is in the file's name, so a changed setting, corpus, version or source finds nothing.
 """
 
 from __future__ import annotations

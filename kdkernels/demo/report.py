@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from ..bench import markdown_table
+from .head import IMPLEMENTATIONS
 from .objectives import STUDENTS
 
-# Fused and eager training compute the same thing in another order of additions; over the first steps nothing else differs.
+# Fused and eager training do the same additions in another order; over the first steps nothing else differs.
 EARLY_STEPS = 50
 EARLY_TOLERANCE = 1e-3
 
-# Implementations of one loss, in fp32, over up to 128,256 classes: they differ by 1e-6 or so, by more only if they aren't one loss.
+# fp32 spellings of one loss over 128,256 classes differ by 1e-6 or so; beyond this they aren't one loss.
 HEAD_TOLERANCE = 1e-4
 
 BUSY_CPUS = 0.2
@@ -36,7 +37,7 @@ def students(figures: Figures, objective: str) -> list[float]:
 
 
 def curve_differences(eager: Sequence[np.ndarray], fused: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The largest |eager - fused| of loss curves in nats, a pair for each seed: over the first steps, and overall."""
+    """The largest |eager - fused| of loss curves in nats, a pair a seed: in the first steps, and overall."""
     gaps = [np.abs(a - b) for a, b in zip(eager, fused, strict=True)]
     return {
         "early_steps": min(EARLY_STEPS, *(len(gap) for gap in gaps)),
@@ -52,7 +53,8 @@ def verdict(figures: Figures) -> list[str]:
     for name in ("unigram", "bigram"):
         if not teacher < figures["baselines"][name]:
             failures.append(
-                f"the teacher ({teacher:.3f} bits per byte) doesn't beat the {name} ({figures['baselines'][name]:.3f})"
+                f"the teacher ({teacher:.3f} bits per byte) doesn't beat the {name} "
+                f"({figures['baselines'][name]:.3f})"
             )
     hard = statistics.mean(students(figures, "hard"))
     if not teacher < hard:
@@ -72,14 +74,19 @@ def verdict(figures: Figures) -> list[str]:
 
 def _unmeasured(figures: Figures) -> list[str]:
     failures = []
+    there = {(h["implementation"], h["rows"], h["vocab"]) for h in figures["heads"]}
+    for size in figures["config"]["heads"]:
+        for implementation in IMPLEMENTATIONS:
+            if (implementation, size["rows"], size["vocab"]) not in there:
+                failures.append(f"not measured: {implementation} at V = {size['vocab']:,}")
     for head in figures["heads"]:
-        size = f"{head['implementation']} at V = {head['vocab']:,}"
+        what = f"{head['implementation']} at V = {head['vocab']:,}"
         if head.get("error"):
-            failures.append(f"not measured: {size}: {head['error']}")
+            failures.append(f"not measured: {what}: {head['error']}")
         elif head["peak_bytes"] is None:
-            failures.append(f"not measured: peak memory of {size}: this system doesn't say")
+            failures.append(f"not measured: peak memory of {what}: this system doesn't say")
     reasons = figures["backend"]["reasons"]
-    # Where a kernel for this device exists, its absence is a fault of the installation; elsewhere a note says what ran.
+    # Where this version has a kernel for the device its absence fails; elsewhere a note says what ran.
     if figures["backend"]["name"] == "reference" and figures["environment"]["device"] == "cpu":
         failures.append(f"not measured: the fused kernel: kd_loss ran on 'reference' ({reasons['cpu']})")
     return failures
@@ -109,7 +116,7 @@ def distillation_in_words(figures: Figures) -> str:
     if max(distilled) < min(hard) and gain > spread:
         return f"Distillation beats hard labels at equal steps, beyond the seeds' spread ({figures_said})."
     if gain > 0:
-        return f"Distillation does not beat hard labels beyond the seeds' spread: the gain is within it ({figures_said})."
+        return f"Distillation does not beat hard labels beyond the seeds' spread ({figures_said})."
     return f"Distillation does not beat hard labels at equal steps: it is worse ({figures_said})."
 
 
@@ -118,14 +125,14 @@ def notes(figures: Figures) -> list[str]:
     mix, difference = figures["config"]["mix"], figures["curve_difference"]
     said = [
         distillation_in_words(figures),
-        f"Distillation is {mix['soft_weight']:g} · KL(teacher‖student) + {mix['hard_weight']:g} · cross-entropy at "
-        f"T = {mix['temperature']:g}; students of one seed share initial weights and batches. A distilled step also runs "
-        "the teacher, so equal steps are not equal time.",
-        f"Largest difference between the eager and the kd_loss curves: {difference['early']:.2g} nats over the first "
-        f"{difference['early_steps']} steps, {difference['overall']:.2g} overall.",
-        "All models are scored on the same predictions. The baselines were fitted on the tokens that the teacher saw.",
-        "The loss head is logits → loss → gradient on the logits, fp32, median time; memory is the peak beyond both "
-        "logits tensors, each figure from a process of its own.",
+        f"Distillation is {mix['soft_weight']:g} · KL(teacher‖student) + {mix['hard_weight']:g} · "
+        f"cross-entropy at T = {mix['temperature']:g}; students of one seed share initial weights and data. "
+        "A distilled step also runs the teacher, so equal steps are not equal time.",
+        f"Largest difference between the eager and the kd_loss curves: {difference['early']:.2g} nats over "
+        f"the first {difference['early_steps']} steps, {difference['overall']:.2g} overall.",
+        "All models are scored on the same predictions; the baselines are fitted on what the teacher saw.",
+        "The loss head is logits → loss → gradient on the logits, fp32, median time; memory is the peak "
+        "beyond both logits tensors; each row is from a process of its own.",
     ]
     backend = figures["backend"]
     if backend["name"] == "reference":
@@ -134,7 +141,8 @@ def notes(figures: Figures) -> list[str]:
     busy = [head["busy_neighbours"] or 0.0 for head in figures["heads"] if not head.get("error")]
     if busy and max(busy) > BUSY_CPUS:
         said.append(
-            f"Other processes kept up to {max(busy):.1f} CPUs busy during the loss head's timing: times are too high."
+            f"Other processes kept up to {max(busy):.1f} CPUs busy while the loss head was timed: "
+            "its times are too high."
         )
     return said
 
@@ -194,8 +202,8 @@ def markdown(figures: Figures) -> str:
     lines = [
         "# A language model distilled on Python's standard library",
         "",
-        f"{system['processor']}, {system['threads']} threads, device {system['device']}; torch {system['torch']}, "
-        f"kdkernels {system['kdkernels']}, Python {system['python']}.",
+        f"{system['processor']}, {system['threads']} threads, device {system['device']}; "
+        f"torch {system['torch']}, kdkernels {system['kdkernels']}, Python {system['python']}.",
         f"Text: {text['files']['train']} files to train on, {text['files']['heldout']} held out "
         f"({figures['scored_bytes']:,} of their {text['bytes']['heldout']:,} bytes scored); corpus hash "
         f"{text['sha256'][:16]}; byte-level BPE of {figures['vocab']:,} entries.",
@@ -243,7 +251,11 @@ def plot(figures: Figures, path: Path) -> None:
     gap.plot(
         [1, EARLY_STEPS], [EARLY_TOLERANCE] * 2, color="#b00020", linewidth=1.5, label="allowed, first steps"
     )
-    gap.set(title="|eager − kd_loss| of the training loss", xlabel="step", ylabel="nats")
+    gap.set(
+        title="|eager − kd_loss| of the training loss",
+        xlabel="step",
+        ylabel="nats (equal losses drawn at 1e-9)",
+    )
     gap.legend(frameon=False)
 
     sizes = list(dict.fromkeys((h["rows"], h["vocab"]) for h in figures["heads"]))

@@ -1,8 +1,9 @@
-"""The order of events: corpus, tokenizer, teacher, students, loss head, report; each part from disk where it is there."""
+"""The order of events: corpus, tokenizer, teacher, students, loss head, report; what is on disk stays."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -71,11 +72,13 @@ def run(config: Config, out: Path, device: torch.device, root: Path | None = Non
     Raises:
         RuntimeError: no sources to learn from.
     """
+    # The report says it in words.
+    warnings.filterwarnings("ignore", message="kdkernels runs unfused")
     started = time.perf_counter()
     place = Place(Parts(out / "cache"), device, bench.Progress())
     progress = place.progress
     progress.say(
-        f"kdkernels demo on {device}, {torch.get_num_threads()} threads; finished parts are kept in {out / 'cache'}"
+        f"kdkernels demo on {device}, {torch.get_num_threads()} threads; finished parts in {out / 'cache'}"
     )
     text = corpus.read_corpus(root)
     data, tokens_key = _data(config, text, place)
@@ -103,7 +106,7 @@ def publish(figures: report.Figures, out: Path) -> int:
     """Write the three files, print the tables, and return the exit status."""
     failures = report.verdict(figures)
     figures = {**figures, "failures": failures, "notes": report.notes(figures)}
-    bench.write_json(out / "figures.json", figures)
+    bench.write_json(out / "figures.json", _without_nan(figures))
     _write(out / "report.md", lambda path: path.write_text(report.markdown(figures), encoding="utf-8"))
     _write(out / "curves.png", lambda path: report.plot(figures, path))
     bench.print_table("Language models", *report.language_table(figures))
@@ -114,6 +117,15 @@ def publish(figures: report.Figures, out: Path) -> int:
     for failure in failures:
         print(f"FAILED: {failure}")
     return 1 if failures else 0
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what diverged is null there, and a failure in the verdict."""
+    if isinstance(value, dict):
+        return {name: _without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
@@ -349,8 +361,3 @@ def _environment(device: torch.device) -> dict[str, Any]:
 def device_here() -> torch.device:
     """The accelerator where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def quiet() -> None:
-    """The report says in words what `kd_loss` warns of, once, in place."""
-    warnings.filterwarnings("ignore", message="kdkernels runs unfused")

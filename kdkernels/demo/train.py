@@ -1,4 +1,4 @@
-"""Training and scoring of one model: AdamW, a short warm-up, clipping; deterministic given the seed; resumable anywhere."""
+"""Training and scoring of one model: AdamW, warm-up, clipping; deterministic given the seed; resumable."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ StepLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def bits_per_byte(nats: float, scored: np.ndarray, token_bytes: np.ndarray) -> float:
-    """Bits for each byte of text: total nats of the predictions in windows [n, context + 1], over ln 2 and their bytes."""
+    """Total nats of the predictions in windows [n, context + 1], over ln 2 and their bytes of text."""
     return nats / math.log(2) / int(token_bytes[scored[:, 1:]].sum())
 
 
 @torch.no_grad()
 def score(model: nn.Module, scored: np.ndarray, device: torch.device) -> float:
-    """Total nats of the model's predictions in windows [n, context + 1]: each token but the first of its window."""
+    """Total nats of the predictions in windows [n, context + 1]: each token but the first of its window."""
     total = 0.0
     for start in range(0, len(scored), WINDOWS_AT_ONCE):
         ids = torch.from_numpy(scored[start : start + WINDOWS_AT_ONCE]).to(device, torch.int64)
@@ -79,7 +79,7 @@ def score(model: nn.Module, scored: np.ndarray, device: torch.device) -> float:
 
 
 def rate(recipe: Recipe, step: int) -> float:
-    """The learning rate of a step: a line up over the warm-up, level, then a line down over the last `decay`."""
+    """The learning rate of a step: a line up over the warm-up, level, a line down over the last `decay`."""
     up = (step + 1) / recipe.warmup
     down = (recipe.steps - step) / (recipe.decay * recipe.steps)
     return recipe.learning_rate * min(1.0, up, down)
