@@ -19,8 +19,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
-#define KD_ABI 4
+#define KD_ABI 5
 #define KD_MAX_DIMS 8
 
 // ---------------------------------------------------------------------------------------------- the C interface
@@ -36,6 +39,7 @@ struct KdOptions {
   int64_t stats;
   int64_t stream_bytes;  // gradients of at least this many bytes bypass the cache
   int64_t grain;         // elements below which work is not split
+  int64_t huge_bytes;    // gradients of at least this many bytes are asked for in huge pages
 };
 
 // One call. Leading dimensions are common to both sides, each with its own strides, in elements.
@@ -88,6 +92,9 @@ namespace {
 // Classes per block. Both sides' blocks, the gradient's and a converted copy of each stay in a 32 KiB first-level cache
 // at 1,024; larger blocks would save merges and evict each other.
 constexpr int64_t kBlock = 1024;
+// How far phase 1 prefetches, in classes. Forward KL of (256, 32,000), 2 threads, ns per class: 0.74 without, 0.49 at 1,024,
+// 0.48 at 2,048, 0.50 at 3,072 and 4,096.
+constexpr int64_t kAhead = 2048;
 
 enum Type { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3 };
 enum Hard { kNoHard, kSharedHard, kOwnHard };  // no hard term; one at T = 1 that shares q; one with its own softmax
@@ -236,14 +243,20 @@ struct Frame {
   R soft, hard; // factors of the gradient, apart from the row's weight
 };
 
+struct Nothing {
+  KD_FN void operator()(int64_t) const {}
+};
+
 // A loop over n classes with kSums sums: f(i, term) gives the terms of class i. The sums are kept in lanes, which are
 // added up by halves in the end, so that the order of additions is the same on every run and the loop has no serial chain.
-template <int kSums, class R, class F>
-KD_FN void accumulate(int64_t n, R (&sums)[kSums], F f) {
+// `ahead(i)` is called once for each group of lanes, which is a cache line of R.
+template <int kSums, class R, class F, class Ahead = Nothing>
+KD_FN void accumulate(int64_t n, R (&sums)[kSums], F f, Ahead ahead = Ahead{}) {
   constexpr int kLanes = 64 / sizeof(R);
   alignas(64) R lane[kSums][kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    ahead(i);
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) {
       R term[kSums];
@@ -286,6 +299,16 @@ KD_FN R reference(R maximum, R c) {
   return maximum == -Real<R>::kInf ? R(0) : maximum * c;
 }
 
+// The address of what phase 1 prefetches while it works on class `begin` + i of a side: it computes for longer than a block
+// takes to arrive, but the processor's own prefetcher only looks ahead while a row is being read. It may lie past the row,
+// or past the tensor: a prefetch of no one's memory does nothing.
+struct Ahead {
+  const char* p;
+  int64_t step;
+  Ahead(const Reader& r, int64_t begin) : step(r.column * type_size(r.type)) { p = r.row + (begin + kAhead) * step; }
+  KD_FN const char* at(int64_t i) const { return p + i * step; }
+};
+
 // No soft term: the hard one alone.
 template <class R>
 struct NoDivergence {
@@ -321,6 +344,7 @@ void normalise(const Frame<R>& f, RowState& row, const Kept<R>& kept) {
       const R* v = read(f.v, begin, n, v_block);
       R cv = f.cv;
       rv = reference(maximum(v, n), cv);
+      Ahead next_z(f.z, begin), next_v(f.v, begin);
       R sums[4];
       accumulate(n, sums, [=](int64_t i, R(&term)[4]) {
         R y = z[i] * cz - rz, u = v[i] * cv - rv;
@@ -340,6 +364,10 @@ void normalise(const Frame<R>& f, RowState& row, const Kept<R>& kept) {
           keep_other[i] = D::kCross && !D::kTeacherWeighs ? cross : eu;
           if constexpr (kOwnSum) keep_one[i] = e1;
         }
+      }, [=](int64_t i) {
+        // Here and not in a function of Ahead: gcc takes one that only prefetches for one without effect, and drops it.
+        __builtin_prefetch(next_z.at(i));
+        __builtin_prefetch(next_v.at(i));
       });
       block.z = {rz, sums[0]};
       block.v = {rv, sums[1]};
@@ -672,6 +700,16 @@ KdRange choose_rows(const KdOptions& o, const KdCall& c) {
   return nullptr;
 }
 
+// Advice that fresh memory be given in pages of 2 MiB: most of the time of a first write is page faults. Memory that has
+// its pages already stays as it is, and so does everything where the system has no such pages.
+void ask_for_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 1 << 16;  // the largest ordinary page of any machine: a partial one isn't ours
+  uintptr_t begin = ((uintptr_t)memory + kPage - 1) & -kPage, end = ((uintptr_t)memory + bytes) & -kPage;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 template <class R>
 int64_t run(const KdOptions& o, const KdCall& c) {
   int64_t counted = 0, labelled = 0;
@@ -686,7 +724,9 @@ int64_t run(const KdOptions& o, const KdCall& c) {
   Job<R> job{&o, &c, 1, nullptr, o.stats ? kRowFigures : 1, false, false};
   double items = counted == 0 ? 1 : c.num_items >= 0 ? c.num_items : (double)counted;
   if (o.reduction == 0) job.denominator = items;
-  job.past_cache = c.rows * c.width * type_size(c.z_type) >= o.stream_bytes;
+  int64_t gradient_bytes = c.mode == kLoss ? 0 : c.rows * c.width * type_size(c.z_type);
+  job.past_cache = gradient_bytes >= o.stream_bytes;
+  if (gradient_bytes >= o.huge_bytes) ask_for_huge_pages(c.gradient, gradient_bytes);
   if (c.mode != kScaledGradient) {
     job.rows = (double*)malloc(sizeof(double) * (c.rows * job.figures + 1));
     if (!job.rows) return kd_no_memory;
@@ -819,15 +859,6 @@ int variants(Variant* out) {
   return n;
 }
 
-const Variant* chosen() {
-  static Variant all[3];
-  static const Variant* best = nullptr;  // two threads that race here store the same value
-  if (!best) {
-    variants(all);
-    best = &all[0];
-  }
-  return best;
-}
 
 // Tests run every variant that the processor has; everyone else runs the best.
 const KdTable* table_of(int64_t variant) {

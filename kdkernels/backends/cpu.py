@@ -17,7 +17,7 @@ from ..spec import REDUCTIONS, LossSpec
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
 # Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
-_ABI = 4
+_ABI = 5
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2}
 _MAX_DIMS = 8
@@ -25,7 +25,7 @@ _STATS = 7
 _OK, _NO_MEMORY = -1, -2
 
 # KdOptions and KdCall of kd_cpu.cpp, field by field.
-_OPTIONS = struct.Struct("=q 4d 4d 2q 4d q 2q")
+_OPTIONS = struct.Struct("=q 4d 4d 2q 4d q 3q")
 _CALL = struct.Struct("=q 3q 2q 2q 2q q 8q 8q 8q 3q d 6q")
 
 
@@ -188,7 +188,7 @@ class CpuBackend:
                 spec.temperature, spec.soft_weight, spec.t_factor, spec.hard_weight,
                 spec.ignore_index, REDUCTIONS.index(spec.reduction),
                 spec.student_scale, spec.student_softcap, spec.teacher_scale, spec.teacher_softcap,
-                int(spec.stats), tuning.CPU.stream_bytes, tuning.CPU.grain,
+                int(spec.stats), tuning.CPU.stream_bytes, tuning.CPU.grain, tuning.CPU.huge_bytes,
             )  # fmt: skip
         return packed
 
