@@ -226,15 +226,15 @@ SPELLINGS: dict[str, dict[str, Loss]] = {
 }
 
 # What torch.compile is given: what came out fastest on two cores at (256, 32000) in fp32. For forward KL and
-# JSD, which the targets name, an autograd spelling (24 ms against 34 for kl_div; JSD in probability space 87
-# ms, with logaddexp 344) and the closed form, which Inductor fuses further than autograd's own gradient; for
-# the others the better of the two (busy machine: reverse KL 76 ms against 87, soft cross-entropy 51 against
-# 69).
+# JSD, which the targets name, an autograd spelling (24 ms against 34 for kl_div) and the closed form, which
+# Inductor fuses further than autograd's own gradient; for the others the better of the two (busy machine:
+# reverse KL 76 ms against 87, soft cross-entropy 51 against 69). JSD also in log space, the form that
+# distillation trainers use, since a probability that underflows has no logarithm.
 COMPILED: dict[str, tuple[str, ...]] = {
     "forward_kl": ("log_target", "closed_form"),
     "reverse_kl": ("closed_form",),
     "soft_cross_entropy": ("log_target",),
-    "jsd": ("kl_div", "closed_form"),
+    "jsd": ("log_target", "kl_div", "closed_form"),
 }
 
 

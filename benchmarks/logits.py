@@ -424,6 +424,7 @@ def case_document(
     case: Case,
     methods: list[Method],
     ours: str,
+    threads: int,
     timed: dict[str, dict[str, Any] | None],
     peaks: dict[tuple[Case, str], bench.Peak | str | None],
 ) -> dict[str, Any]:
@@ -464,6 +465,7 @@ def case_document(
             allocator: result["other_cpus"] if result else None for allocator, result in timed.items()
         },
         "triad": {allocator: result["triad"] if result else None for allocator, result in timed.items()},
+        "threads": threads,
         "ours": ours,
         "methods": entries,
     }
@@ -556,6 +558,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case,
             methods,
             default_backend(OBJECTIVES[case.objective], device),
+            settings.threads,
             {allocator: timed.get(allocator, {}).get(case) for allocator in ALLOCATORS},
             peaks,
         )

@@ -26,28 +26,29 @@ def _graph_is_kept() -> bool:
 class KDFunction(torch.autograd.Function):
     """The loss of a fused backend, differentiable once with respect to the student's raw logits.
 
-    `forward` returns the loss, the stats (or None), and the gradient at an upstream gradient of 1 (None for
-    float16).
+    `forward` returns the loss and the stats (or None).
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         """One pass over the rows. The inputs are those of `run_fused`, the backend last."""
         *arguments, backend = inputs
         output = backend.forward(*arguments, inputs[0].dtype != torch.float16)
         KDFunction.save(ctx, inputs, output)
-        return output
+        loss, stats, _ = output
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
+        return loss, stats
 
     @staticmethod
     def save(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Saves the gradient, or for float16 the inputs.
+        """Saves what backward needs of the backend's output: the gradient, or for float16 the inputs.
 
         Apart from `forward`, since a custom op wants it so. torch takes it apart too where it is called
         `setup_context`, and then inspects the signature at every call, which costs 100 µs.
         """
         student, teacher, labels, mask, token_weights, num_items, ctx.spec, ctx.classes, ctx.backend = inputs
-        _, stats, gradient = output
-        ctx.mark_non_differentiable(*(t for t in (stats, gradient) if t is not None))
+        gradient = output[2]
         ctx.set_materialize_grads(False)
         ctx.recompute = gradient is None
         if ctx.recompute:
@@ -104,7 +105,6 @@ def run_fused(
     """The loss and stats of a fused backend, with a gradient only where one can be asked for."""
     args = (student, teacher, labels, mask, token_weights, num_items, spec, classes)
     if student.requires_grad and torch.is_grad_enabled():
-        loss, stats, _ = KDFunction.apply(*args, backend)
-    else:
-        loss, stats, _ = backend.forward(*args, False)
+        return KDFunction.apply(*args, backend)
+    loss, stats, _ = backend.forward(*args, False)
     return loss, stats

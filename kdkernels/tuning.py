@@ -1,4 +1,8 @@
-"""Numbers that were chosen by measurement, each with its reason."""
+"""Numbers that were chosen by measurement, each with its reason.
+
+Times are of forward KL in float32, forward and backward, on 2 cores of a Xeon with 2 MiB of second-level
+cache each; the best of 60 calls or more, the settings compared in turn.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,14 @@ class CpuConfig:
 
 
 CPU = CpuConfig(
+    # What ATen's own loops use. From 4,096 to 32,768 it makes no difference at 8 to 128 rows of 1,000; at
+    # 65,536 48 rows take 0.087 ms for 0.067.
     grain=32_768,
-    stream_bytes=8 << 20,
-    # Where the memory is fresh: (1024, 32768) in fp32 73 ms without, 40 with. Below, glibc mostly has warm memory.
+    # Past the cache against through it, at 32,000 classes: 0.85 ms to 0.73 for 4 MB, 1.46 to 1.47 for 8 MB,
+    # 2.76 to 2.90 for 16 MB, 5.2 to 6.4 for 33 MB. The larger of the break-even sizes, since what reads the
+    # gradient next finds it in the cache.
+    stream_bytes=16 << 20,
+    # Where the memory is fresh, (1024, 32768) takes 73 ms without and 40 with. Below 4 MiB malloc mostly has
+    # memory that was used before.
     huge_bytes=4 << 20,
 )

@@ -21,6 +21,8 @@ _ABI = 5
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2}
 _MAX_DIMS = 8
+# After n dimensions, the zeros that fill the record up.
+_PADDING = tuple((0,) * (_MAX_DIMS - n) for n in range(_MAX_DIMS + 1))
 _STATS = 7
 _OK, _NO_MEMORY = -1, -2
 
@@ -107,6 +109,9 @@ class CpuBackend:
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
         """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""
+        # The library would find the same, after a call that costs more than a small loss has to spare.
+        if in_place and upstream.dim() == 0 and upstream.item() == 1:
+            return gradient
         out = gradient if in_place else torch.empty_like(gradient)
         classes = gradient.shape[-1]
         upstream, stride = _upstream(upstream)
@@ -150,7 +155,7 @@ class CpuBackend:
         upstream: Tensor | None = None,
     ) -> None:
         library = self._library
-        student, teacher, shape, z_strides, v_strides = _common_layout(student.detach(), teacher)
+        student, teacher, shape, z_strides, v_strides = _common_layout(student, teacher)
         rows = student.shape[:-1].numel()
         # These are [rows] only; the copies live until the library returns.
         labels = None if labels is None else labels.contiguous()
@@ -163,7 +168,8 @@ class CpuBackend:
             _MODES[mode], rows, classes, student.shape[-1],
             student.data_ptr(), teacher.data_ptr(), _TYPES[student.dtype], _TYPES[teacher.dtype],
             student.stride(-1), teacher.stride(-1),
-            len(shape), *_padded(shape), *_padded(z_strides), *_padded(v_strides),
+            len(shape), *shape, *_PADDING[len(shape)], *z_strides, *_PADDING[len(shape)],
+            *v_strides, *_PADDING[len(shape)],
             _pointer(labels), _pointer(mask), _pointer(weights),
             -1.0 if num_items is None else float(num_items),
             _pointer(upstream), stride, _pointer(gradient), _pointer(loss), _pointer(stats),
@@ -274,10 +280,6 @@ def _common_layout(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[int], lis
     if len(shape) > _MAX_DIMS:
         return _common_layout(z.contiguous(), v.contiguous())
     return z, v, shape, z_strides, v_strides
-
-
-def _padded(values: list[int]) -> list[int]:
-    return values + [0] * (_MAX_DIMS - len(values))
 
 
 def _pointer(tensor: Tensor | None) -> int:
