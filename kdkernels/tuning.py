@@ -29,10 +29,9 @@ CPU = CpuConfig(
     # 65,536 48 rows take 0.087 ms for 0.067.
     grain=32_768,
     # Past the cache against through it, at 32,000 classes: 0.85 ms to 0.73 for 4 MB, 1.46 to 1.47 for 8 MB,
-    # 2.76 to 2.90 for 16 MB, 5.2 to 6.4 for 33 MB. The larger of the break-even sizes, since what reads the
-    # gradient next finds it in the cache.
-    stream_bytes=16 << 20,
-    # Where the memory is fresh, (1024, 32768) takes 73 ms without and 40 with. Below 4 MiB malloc mostly has
-    # memory that was used before.
-    huge_bytes=4 << 20,
+    # 2.76 to 2.90 for 16 MB, 5.2 to 6.4 for 33 MB; in bfloat16 4.9 to 5.6 for 16 MB.
+    stream_bytes=8 << 20,
+    # What glibc's malloc maps afresh at every call, whatever was freed before. (1024, 32768) takes 73 ms
+    # without, 40 with.
+    huge_bytes=32 << 20,
 )
