@@ -15,6 +15,11 @@ from torch import Tensor
 
 from .spec import LossSpec
 
+# A checked call: student, teacher, labels, mask, token_weights, num_items, spec, classes.
+Call = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | float | None, LossSpec, int
+]
+
 
 def _graph_is_kept() -> bool:
     # Private, and so guarded: without it every backward scales out of place, which is right and one tensor
@@ -26,50 +31,45 @@ def _graph_is_kept() -> bool:
 class KDFunction(torch.autograd.Function):
     """The loss of a fused backend, differentiable once with respect to the student's raw logits.
 
-    `forward` returns the loss and the stats (or None).
+    `forward` is given the student again, as the input that gets a gradient, apart from `call`, the arguments
+    of a backend's `forward`: torch looks at each input of every call, which adds up to more than a small loss
+    has to spare. It returns the loss and the stats (or None).
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
-        """One pass over the rows. The inputs are those of `run_fused`, the backend last."""
-        *arguments, backend = inputs
-        output = backend.forward(*arguments, inputs[0].dtype != torch.float16)
-        KDFunction.save(ctx, inputs, output)
-        loss, stats, _ = output
+    def forward(ctx: Any, student: Tensor, call: Call, backend: Any) -> tuple[Tensor, Tensor | None]:
+        """One pass over the rows."""
+        loss, stats, gradient = backend.forward(*call, student.dtype != torch.float16)
+        KDFunction.save(ctx, call, gradient, backend)
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
-    def save(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Saves what backward needs of the backend's output: the gradient, or for float16 the inputs.
+    def save(ctx: Any, call: Call, gradient: Tensor | None, backend: Any) -> None:
+        """Saves what backward needs: the gradient, or for float16, which has none yet, the inputs.
 
         Apart from `forward`, since a custom op wants it so. torch takes it apart too where it is called
         `setup_context`, and then inspects the signature at every call, which costs 100 µs.
         """
-        student, teacher, labels, mask, token_weights, num_items, ctx.spec, ctx.classes, ctx.backend = inputs
-        gradient = output[2]
         ctx.set_materialize_grads(False)
+        ctx.backend = backend
         ctx.recompute = gradient is None
-        if ctx.recompute:
-            # A tensor among them is saved as one, so that a later write to it is noticed.
-            is_tensor = isinstance(num_items, Tensor)
-            ctx.num_items = None if is_tensor else num_items
-            tensors = (student, teacher, labels, mask, token_weights, num_items if is_tensor else None)
-            # Autograd refuses to save tensors made under inference_mode; they are kept as they are.
-            ctx.kept = tuple(t if t is not None and t.is_inference() else None for t in tensors)
-            ctx.save_for_backward(
-                *(None if kept is not None else t for t, kept in zip(tensors, ctx.kept, strict=True))
-            )
-        else:
+        if gradient is not None:
             ctx.save_for_backward(gradient)
+            return
+        *arguments, ctx.spec, ctx.classes = call
+        # A tensor is saved as one, so that a later write to it is noticed. Autograd refuses those made under
+        # inference_mode; they are kept as they are, like a number of items.
+        saved = [x if isinstance(x, Tensor) and not x.is_inference() else None for x in arguments]
+        ctx.kept = [x if y is None else None for x, y in zip(arguments, saved, strict=True)]
+        ctx.save_for_backward(*saved)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """The saved gradient times the upstream one, in place where the graph is not kept."""
-        nothing = (None,) * 8
         if upstream is None:
-            return None, *nothing
+            return None, None, None
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"backend={ctx.backend.name!r} computes first-order gradients only, and create_graph=True "
@@ -77,34 +77,18 @@ class KDFunction(torch.autograd.Function):
                 "number of times"
             )
         if ctx.recompute:
-            student, teacher, labels, mask, token_weights, items = (
-                saved if kept is None else kept
-                for saved, kept in zip(ctx.saved_tensors, ctx.kept, strict=True)
-            )
-            items = ctx.num_items if items is None else items
-            gradient = ctx.backend.gradient(
-                upstream, student, teacher, labels, mask, token_weights, items, ctx.spec, ctx.classes
-            )
+            arguments = [x if y is None else y for x, y in zip(ctx.kept, ctx.saved_tensors, strict=True)]
+            gradient = ctx.backend.gradient(upstream, *arguments, ctx.spec, ctx.classes)
         else:
             (saved,) = ctx.saved_tensors
             gradient = ctx.backend.scale(saved, upstream, in_place=not _graph_is_kept())
-        return gradient, *nothing
+        return gradient, None, None
 
 
-def run_fused(
-    backend: Any,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    token_weights: Tensor | None,
-    num_items: Tensor | float | None,
-    spec: LossSpec,
-    classes: int,
-) -> tuple[Tensor, Tensor | None]:
+def run_fused(backend: Any, call: Call) -> tuple[Tensor, Tensor | None]:
     """The loss and stats of a fused backend, with a gradient only where one can be asked for."""
-    args = (student, teacher, labels, mask, token_weights, num_items, spec, classes)
+    student = call[0]
     if student.requires_grad and torch.is_grad_enabled():
-        return KDFunction.apply(*args, backend)
-    loss, stats, _ = backend.forward(*args, False)
+        return KDFunction.apply(student, call, backend)
+    loss, stats, _ = backend.forward(*call, False)
     return loss, stats

@@ -310,7 +310,7 @@ def _run(call: _Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
     chosen = registry.choose(backend, call.spec, call.student, call.teacher)
     if chosen.name == "reference":
         return reference.kd_loss(*call)
-    return run_fused(chosen, *call)
+    return run_fused(chosen, call)
 
 
 def _check(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> _Call:
