@@ -13,12 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spec import LossSpec
-
-# A checked call: student, teacher, labels, mask, token_weights, num_items, spec, classes.
-Call = tuple[
-    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | float | None, LossSpec, int
-]
+from .spec import Call
 
 
 def _graph_is_kept() -> bool:
@@ -39,7 +34,7 @@ class KDFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: Call, backend: Any) -> tuple[Tensor, Tensor | None]:
         """One pass over the rows."""
-        loss, stats, gradient = backend.forward(*call, student.dtype != torch.float16)
+        loss, stats, gradient = backend.forward(call, student.dtype != torch.float16)
         KDFunction.save(ctx, call, gradient, backend)
         if stats is not None:
             ctx.mark_non_differentiable(stats)
@@ -78,7 +73,7 @@ class KDFunction(torch.autograd.Function):
             )
         if ctx.recompute:
             arguments = [x if y is None else y for x, y in zip(ctx.kept, ctx.saved_tensors, strict=True)]
-            gradient = ctx.backend.gradient(upstream, *arguments, ctx.spec, ctx.classes)
+            gradient = ctx.backend.gradient(upstream, Call._make([*arguments, ctx.spec, ctx.classes]))
         else:
             (saved,) = ctx.saved_tensors
             gradient = ctx.backend.scale(saved, upstream, in_place=not _graph_is_kept())
@@ -87,8 +82,7 @@ class KDFunction(torch.autograd.Function):
 
 def run_fused(backend: Any, call: Call) -> tuple[Tensor, Tensor | None]:
     """The loss and stats of a fused backend, with a gradient only where one can be asked for."""
-    student = call[0]
-    if student.requires_grad and torch.is_grad_enabled():
-        return KDFunction.apply(student, call, backend)
-    loss, stats, _ = backend.forward(*call, False)
+    if call.student.requires_grad and torch.is_grad_enabled():
+        return KDFunction.apply(call.student, call, backend)
+    loss, stats, _ = backend.forward(call, False)
     return loss, stats

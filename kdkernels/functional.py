@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .autograd import run_fused
 from .caller import warn_once
 from .divergences import Parametrised
 from .sources import Logits, PostProcessing, unwrap
-from .spec import LossSpec, make_spec
+from .spec import Call, LossSpec, make_spec
 
 Source = Tensor | Logits
 Reduction = Literal["mean", "sum", "none"]
@@ -69,19 +69,6 @@ class Explanation:
         for name, why in self.reasons.items():
             lines.append(f"  {name}: {why or ('runs' if name == self.backend else 'could run')}")
         return "\n".join(lines)
-
-
-class _Call(NamedTuple):
-    """A checked call: raw logits, row tensors, and everything else."""
-
-    student: Tensor
-    teacher: Tensor
-    labels: Tensor | None
-    mask: Tensor | None
-    token_weights: Tensor | None
-    num_items: Tensor | float | None
-    spec: LossSpec
-    classes: int
 
 
 def kd_loss(
@@ -306,14 +293,14 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _run(call: _Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
+def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
     chosen = registry.choose(backend, call.spec, call.student, call.teacher)
     if chosen.name == "reference":
-        return reference.kd_loss(*call)
+        return reference.kd_loss(call)
     return run_fused(chosen, call)
 
 
-def _check(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> _Call:
+def _check(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
     z, z_options = unwrap("student", student)
     v, v_options = unwrap("teacher", teacher)
     spec = _spec(options, z_options, v_options, stats)
@@ -375,7 +362,7 @@ def _check(student: Any, teacher: Any, labels: Any, options: dict[str, Any], sta
             )
     elif spec.hard_weight != 0 and labels is None:
         raise ValueError(f"labels must be given with hard_weight={spec.hard_weight}, got None")
-    return _Call(z, v, labels, mask, token_weights, num_items, spec, classes)
+    return Call(z, v, labels, mask, token_weights, num_items, spec, classes)
 
 
 def _check_rows(name: str, rows: Any, z: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .divergences import TABLE
-from .spec import LossSpec
+from .spec import Call, LossSpec
 
 
 def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -18,35 +18,15 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    token_weights: Tensor | None,
-    num_items: Tensor | float | None,
-    spec: LossSpec,
-    classes: int,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss and, where the spec asks for them, the seven figures of `KDStats` as one tensor.
-
-    `classes` is how many leading classes both softmaxes span.
-    """
+def kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
+    """The loss and, where the spec asks for them, the seven figures of `KDStats` as one tensor."""
     # Inside autocast the logits come as they are; this arithmetic must not be lowered.
-    with torch.autocast(student.device.type, enabled=False):
-        return _kd_loss(student, teacher, labels, mask, token_weights, num_items, spec, classes)
+    with torch.autocast(call.student.device.type, enabled=False):
+        return _kd_loss(call)
 
 
-def _kd_loss(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    token_weights: Tensor | None,
-    num_items: Tensor | float | None,
-    spec: LossSpec,
-    classes: int,
-) -> tuple[Tensor, Tensor | None]:
+def _kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
+    student, teacher, labels, mask, token_weights, num_items, spec, classes = call
     R = compute_dtype(student, teacher)
     rows = counted_rows(student, labels, mask, spec.ignore_index)  # [...] bool
 

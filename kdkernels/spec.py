@@ -1,10 +1,13 @@
-"""What a call computes, apart from its tensors: one frozen, hashable record, checked once."""
+"""What a call computes: its options as one frozen, hashable record, checked once, and its tensors."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
+
+from torch import Tensor
 
 from .divergences import Parametrised, resolve
 
@@ -32,6 +35,30 @@ class LossSpec:
     teacher_scale: float
     teacher_softcap: float
     stats: bool
+
+
+class Call(NamedTuple):
+    """A checked call, as every backend takes it.
+
+    Attributes:
+        student: Raw logits, `[..., V]`.
+        teacher: Raw logits of the same leading shape, of any dtype and strides; detached.
+        labels: int64, `[...]`, or None.
+        mask: bool, `[...]`, or None.
+        token_weights: Any float, `[...]`, or None.
+        num_items: The denominator of a mean, or None for the number of counted rows.
+        spec: All other options.
+        classes: How many leading classes both softmaxes span.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor | None
+    mask: Tensor | None
+    token_weights: Tensor | None
+    num_items: Tensor | float | None
+    spec: LossSpec
+    classes: int
 
 
 def _finite(name: str, value: float) -> float:

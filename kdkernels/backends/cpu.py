@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..reference import label_error
-from ..spec import REDUCTIONS, LossSpec
+from ..spec import REDUCTIONS, Call, LossSpec
 
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
@@ -61,50 +61,23 @@ class CpuBackend:
             return f"has no C++ expression of the divergence {spec.divergence!r}"
         return None
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        mask: Tensor | None,
-        token_weights: Tensor | None,
-        num_items: Tensor | float | None,
-        spec: LossSpec,
-        classes: int,
-        with_gradient: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, call: Call, with_gradient: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss, the stats where the spec asks for them, and the gradient where it is wanted."""
+        student, teacher, spec = call.student, call.teacher, call.spec
         wide = student.dtype is torch.float64 or teacher.dtype is torch.float64
         R = torch.float64 if wide else torch.float32
         leading = student.shape[:-1]
         loss = torch.empty(leading if spec.reduction == "none" else (), dtype=R)
         stats = torch.empty(_STATS, dtype=torch.float64) if spec.stats else None
         gradient = torch.empty(student.shape, dtype=student.dtype) if with_gradient else None
-        self._run(
-            "gradient" if with_gradient else "loss",
-            student, teacher, labels, mask, token_weights, num_items, spec, classes,
-            gradient=gradient, loss=loss, stats=stats,
-        )  # fmt: skip
+        mode = "gradient" if with_gradient else "loss"
+        self._run(mode, call, gradient=gradient, loss=loss, stats=stats)
         return loss, None if stats is None else stats.to(R), gradient
 
-    def gradient(
-        self,
-        upstream: Tensor,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        mask: Tensor | None,
-        token_weights: Tensor | None,
-        num_items: Tensor | float | None,
-        spec: LossSpec,
-        classes: int,
-    ) -> Tensor:
+    def gradient(self, upstream: Tensor, call: Call) -> Tensor:
         """The gradient alone, with the upstream factor applied before the one rounding."""
-        gradient = torch.empty(student.shape, dtype=student.dtype)
-        self._run(
-            "scaled_gradient", student, teacher, labels, mask, token_weights, num_items, spec, classes,
-            gradient=gradient, upstream=upstream,
-        )  # fmt: skip
+        gradient = torch.empty(call.student.shape, dtype=call.student.dtype)
+        self._run("scaled_gradient", call, gradient=gradient, upstream=upstream)
         return gradient
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
@@ -140,14 +113,7 @@ class CpuBackend:
     def _run(
         self,
         mode: str,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor | None,
-        mask: Tensor | None,
-        token_weights: Tensor | None,
-        num_items: Tensor | float | None,
-        spec: LossSpec,
-        classes: int,
+        call: Call,
         *,
         gradient: Tensor | None = None,
         loss: Tensor | None = None,
@@ -155,6 +121,7 @@ class CpuBackend:
         upstream: Tensor | None = None,
     ) -> None:
         library = self._library
+        student, teacher, labels, mask, token_weights, num_items, spec, classes = call
         student, teacher, shape, z_strides, v_strides = _common_layout(student, teacher)
         rows = student.shape[:-1].numel()
         # These are [rows] only; the copies live until the library returns.
@@ -164,7 +131,7 @@ class CpuBackend:
         stride = 0
         if upstream is not None:
             upstream, stride = _upstream(upstream)
-        call = _CALL.pack(
+        record = _CALL.pack(
             _MODES[mode], rows, classes, student.shape[-1],
             student.data_ptr(), teacher.data_ptr(), _TYPES[student.dtype], _TYPES[teacher.dtype],
             student.stride(-1), teacher.stride(-1),
@@ -175,7 +142,7 @@ class CpuBackend:
             _pointer(upstream), stride, _pointer(gradient), _pointer(loss), _pointer(stats),
             library.parallel_for,
         )  # fmt: skip
-        result = library.run(library.variant, self._options(spec), call)
+        result = library.run(library.variant, self._options(spec), record)
         if result == _NO_MEMORY:
             raise MemoryError("kdkernels' CPU library could not allocate its per-thread row buffer")
         if result != _OK:
