@@ -92,15 +92,18 @@ def build() -> "typer.Typer":
         if (line := lacking(DEMO_NEEDS)) is not None:
             raise SystemExit(line)
         from .demo.config import config_for
+        from .demo.corpus import NoSources
         from .demo.run import device_here, run
 
         try:
             config = config_for(minutes, seeds)
-            chosen = device_here() if device is None else torch.device(device)
-        except (ValueError, RuntimeError) as error:
+            chosen = device_here(device)
+        except ValueError as error:
             raise SystemExit(f"kdkernels demo: {error}") from None
         try:
             raise SystemExit(run(config, out, chosen))
+        except (NoSources, OSError) as error:
+            raise SystemExit(f"kdkernels demo: {error}") from None
         except KeyboardInterrupt:
             typer.echo(f"interrupted; the same command goes on from {out / 'cache'}", err=True)
             raise SystemExit(130) from None

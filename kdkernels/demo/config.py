@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from .model import Shape
@@ -97,9 +98,10 @@ def config_for(minutes: float = MINUTES, seeds: int = 3) -> Config:
     """The configuration that takes about `minutes` on 2 CPU cores: more steps, nothing else.
 
     Raises:
-        ValueError: fewer minutes than the default, or fewer than two seeds, which have no spread.
+        ValueError: fewer minutes than the default or no number of them, or fewer than two seeds, which have
+            no spread.
     """
-    if minutes < MINUTES:
+    if not MINUTES <= minutes < math.inf:
         raise ValueError(f"--minutes must be at least {MINUTES:g}, got {minutes:g}")
     if seeds < 2:
         raise ValueError(

@@ -22,6 +22,10 @@ LEFT_OUT = frozenset(
 )
 
 
+class NoSources(RuntimeError):
+    """There are too few files to learn from."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """The text of each split, in a fixed order, and the hash that stands for all of it."""
@@ -56,7 +60,7 @@ def read_corpus(root: Path | None = None) -> Corpus:
         root: the folder to read; this Python's standard library where None.
 
     Raises:
-        RuntimeError: fewer than three splits have a file (an embedded Python without sources, say).
+        NoSources: fewer than three splits have a file (an embedded Python without sources, say).
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -70,19 +74,19 @@ def read_corpus(root: Path | None = None) -> Corpus:
         )
         if generated or LEFT_OUT.intersection(folders):
             continue
-        raw = path.read_bytes()
-        digest = hashlib.sha256(raw).digest()
         try:
+            raw = path.read_bytes()
             text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
+        except (OSError, UnicodeDecodeError):
+            continue  # A link to nowhere, a file that isn't ours to read, or another encoding.
+        digest = hashlib.sha256(raw).digest()
         if not text.strip() or digest in seen:
             continue
         seen.add(digest)
         whole.update(relative.as_posix().encode() + b"\0" + digest)
         texts[split_of(relative.as_posix())].append(text)
     if not all(texts.values()):
-        raise RuntimeError(
+        raise NoSources(
             f"too few Python sources under {root}: the demo learns from the standard library's .py files"
         )
     return Corpus(texts, whole.hexdigest(), str(root))
@@ -121,6 +125,8 @@ def encode(tokenizer_json: str, texts: list[str]) -> np.ndarray:
 
     tokenizer = Tokenizer.from_str(tokenizer_json)
     end = tokenizer.token_to_id(END_OF_FILE)
+    # A text that spells the mark has those bytes and doesn't end there.
+    tokenizer.encode_special_tokens = True
     ids = [[*encoded.ids, end] for encoded in tokenizer.encode_batch(texts)]
     return np.concatenate([np.asarray(i, dtype=np.int32) for i in ids])
 

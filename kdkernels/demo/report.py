@@ -41,8 +41,9 @@ def curve_differences(eager: Sequence[np.ndarray], fused: Sequence[np.ndarray]) 
     gaps = [np.abs(a - b) for a, b in zip(eager, fused, strict=True)]
     return {
         "early_steps": min(EARLY_STEPS, *(len(gap) for gap in gaps)),
-        "early": float(max(gap[:EARLY_STEPS].max() for gap in gaps)),
-        "overall": float(max(gap.max() for gap in gaps)),
+        # np.max, since Python's max loses a NaN that doesn't come first.
+        "early": float(np.max([gap[:EARLY_STEPS].max() for gap in gaps])),
+        "overall": float(np.max([gap.max() for gap in gaps])),
     }
 
 
@@ -61,6 +62,11 @@ def verdict(figures: Figures) -> list[str]:
         failures.append(
             f"the teacher ({teacher:.3f} bits per byte) doesn't beat the hard-label student ({hard:.3f})"
         )
+    for objective in STUDENTS:
+        if not np.isfinite(students(figures, objective)).all():
+            failures.append(
+                f"not measured: {NAMES[objective]}: a model diverged, its bits per byte are no number"
+            )
     difference = figures["curve_difference"]
     if not difference["early"] <= EARLY_TOLERANCE:
         failures.append(

@@ -70,7 +70,7 @@ def run(config: Config, out: Path, device: torch.device, root: Path | None = Non
         The exit status: 0, or 1 where the verdict names a failure.
 
     Raises:
-        RuntimeError: no sources to learn from.
+        corpus.NoSources: no sources to learn from.
     """
     # The report says it in words.
     warnings.filterwarnings("ignore", message="kdkernels runs unfused")
@@ -346,7 +346,8 @@ def _total_seconds(figures: dict[str, Any]) -> float:
 
 def _environment(device: torch.device) -> dict[str, Any]:
     system = bench.environment(device, torch.get_num_threads())
-    system["processor"] = torch.cuda.get_device_name(device) if device.type == "cuda" else system.get("cpu")
+    cpu = system.get("cpu") or platform.machine()
+    system["processor"] = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     system["device"] = device.type
     system["kdkernels"] = __version__
     import matplotlib
@@ -358,6 +359,17 @@ def _environment(device: torch.device) -> dict[str, Any]:
     return system
 
 
-def device_here() -> torch.device:
-    """The accelerator where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_here(name: str | None = None) -> torch.device:
+    """The device of that name; where None, the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: not a device that models can be trained on here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not index.isdecimal()) or (kind == "cpu" and colon):
+        raise ValueError(f"--device must be cpu or cuda, got {name!r}")
+    if kind == "cuda" and int(index or 0) >= (there := torch.cuda.device_count()):
+        raise ValueError(f"--device {name} isn't here: torch sees {there} CUDA devices")
+    return torch.device(name)
