@@ -62,6 +62,9 @@ DEFAULTS = {(256, 32000): tuple(OBJECTIVES), (64, 128256): ("forward_kl", "jsd")
 # 4e-6; a bf16 rounding is 2^-9 of an entry, and eager rounds twice. A forgotten T² or hard term gives 1e-2.
 TOLERANCE = {"float32": (5e-5, 1e-4), "bfloat16": (5e-5, 2**-7)}
 
+# The default backend on the fp32 logits of a 16-bit case, timed beside it: runs minutes apart tell little.
+WIDE = "on fp32 logits"
+
 ALLOCATORS = ("default", "raised")
 
 
@@ -170,8 +173,8 @@ class Inputs:
         self.sets = [(student.clone().requires_grad_(), teacher.clone()) for _ in range(sets)]
 
     def step(self, loss: LossFn) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """Forward and backward of a loss on the set of a given number."""
-        return lambda number: step(loss, *self.sets[number], self.labels)
+        """Forward and backward of a loss on the set of a given number; after the last comes the first."""
+        return lambda number: step(loss, *self.sets[number % len(self.sets)], self.labels)
 
 
 @dataclass(frozen=True)
@@ -226,14 +229,24 @@ def time_case(
     inputs: Inputs,
     settings: Settings,
     *,
+    wide: tuple[str, Inputs] | None = None,
     check: bool = True,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Checks the contestants of one case, and times those that are right against the triad and each other.
 
+    Args:
+        case: The case.
+        losses: The contestants' losses by name.
+        inputs: What they are given.
+        settings: Of the run.
+        wide: A contestant that is also timed on the same logits in fp32, and those.
+        check: Whether to compare with fp64 first.
+        on_round: Called with the number of each finished round.
+
     Returns:
-        `verdicts` by contestant, empty without `check`; `times` by contestant and `triad`, the best of its
-        spellings; `other_cpus`, what the rest of the machine was doing meanwhile.
+        `verdicts` by contestant, empty without `check`; `times` by contestant, `wide` and `triad`, the best
+        of its spellings; `other_cpus`, what the rest of the machine was doing meanwhile.
     """
     objective = OBJECTIVES[case.objective]
     verdicts: dict[str, Verdict] = {}
@@ -245,6 +258,8 @@ def time_case(
         verdicts = {name: judge(loss, inputs, case.dtype, truth) for name, loss in losses.items()}
         losses = {name: loss for name, loss in losses.items() if verdicts[name].problem is None}
     contestants = [bench.Contestant(name, inputs.step(loss)) for name, loss in losses.items()]
+    if wide is not None and wide[0] in losses:
+        contestants.append(bench.Contestant(WIDE, wide[1].step(losses[wide[0]])))
     triads = bench.triad(inputs.sets)
     neighbours = bench.Neighbours()
     timings = bench.race(
@@ -260,6 +275,7 @@ def time_case(
     return {
         "verdicts": {name: asdict(verdict) for name, verdict in verdicts.items()},
         "times": {name: figures(case, timings[name], ceiling) for name in losses},
+        "wide": figures(case, timings[WIDE], ceiling) if WIDE in timings else None,
         "triad": {"spelling": best, **figures(case, timings[best], ceiling)},
         "other_cpus": neighbours.cpus(),
     }
@@ -292,20 +308,30 @@ def times_process(
     if allocator == "raised" and not bench.raise_malloc_thresholds():
         raise OSError("mallopt refused the thresholds")
     device = _prepare(settings)
-    inputs, built_for = None, None
+    inputs, wide_inputs, built_for = None, None, None
     for case, methods in plan:
         send(("now", str(case)))
         if built_for != (case.rows, case.vocab, case.dtype):
             built_for = (case.rows, case.vocab, case.dtype)
-            inputs = None  # frees the last ones first
+            inputs = wide_inputs = None  # frees the last ones first
             sets = bench.input_sets(
                 2 * case.tensor_bytes, roofline.last_level_cache_bytes(device), roofline.free_bytes(device)
             )
             inputs = Inputs(*built_for, device, sets)
+            wide_inputs = None
+            if case.dtype != "float32":
+                wide_inputs = Inputs(case.rows, case.vocab, "float32", device, sets=(sets + 1) // 2)
         assert inputs is not None
         losses = {method.name: build(method, OBJECTIVES[case.objective]) for method in methods}
+        ours = default_backend(OBJECTIVES[case.objective], device)
         result = time_case(
-            case, losses, inputs, settings, check=check, on_round=lambda number: send(("round", number))
+            case,
+            losses,
+            inputs,
+            settings,
+            wide=None if wide_inputs is None else (ours, wide_inputs),
+            check=check,
+            on_round=lambda number: send(("round", number)),
         )
         result["sets"] = len(inputs.sets)
         send(("case", case, result))
@@ -465,6 +491,7 @@ def case_document(
             allocator: result["other_cpus"] if result else None for allocator, result in timed.items()
         },
         "triad": {allocator: result["triad"] if result else None for allocator, result in timed.items()},
+        "wide": {allocator: result["wide"] if result else None for allocator, result in timed.items()},
         "threads": threads,
         "ours": ours,
         "methods": entries,
