@@ -140,9 +140,12 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Probl
 
 
 def once_rounded(p: Problem) -> bool:
-    """Whether the gradient is rounded to its dtype once: an upstream factor after a bf16 rounding rounds
-    again."""
-    return p.z.dtype != torch.bfloat16 or p.upstream is None
+    """Whether the gradient is rounded to its dtype once: an upstream factor after the rounding rounds again.
+
+    float16 is rounded after the factor, and a dtype that is computed in is not rounded at all.
+    """
+    in_full = p.z.dtype in (torch.float16, computing_dtype(p.z.dtype, p.v.dtype))
+    return in_full or p.upstream is None
 
 
 @given(problems())
