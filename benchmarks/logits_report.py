@@ -153,8 +153,8 @@ def targets(cases: list[dict[str, Any]]) -> list[Target]:
     for shape in dict.fromkeys(tuple(c["shape"]) for c in narrow):
         here = [c for c in narrow if tuple(c["shape"]) == shape]
         rows.append(("bf16 time / fp32 time, worst objective", "<=", 1.0, here, to_wide))
-    rows.append((PEAK, "<=", None, large, peak))
-    rows.append((NET_PEAK, "<=", 1.0, large, net_peak))
+    rows.append((PEAK, "<=", 1.0, large, peak))
+    rows.append((NET_PEAK, "<=", None, large, net_peak))
     rows.append(("time / fastest eager, small, worst objective", "<=", 1.0, small32, to_eager))
     return [_target(*row) for row in rows if row[3]]
 
@@ -188,9 +188,9 @@ def _target(
     if bound is None:
         return Target(name, SHOWN, measured, where, None)
     met: bool | None = value is not None and (value >= bound if relation == ">=" else value <= bound)
-    if name == NET_PEAK:
+    if name == PEAK:
         # Read in pages, beside row statistics and malloc's slack.
-        met = value is not None and value <= bound * 1.02
+        met = value is not None and value <= bound * 1.05
     elif value is not None and any(is_busy(c) for c in cases):
         met = None
     return Target(name, f"{relation} {_number(bound)}", measured, where, met)

@@ -7,9 +7,8 @@
 //          the weighing side's shifted logits and b the other's; no second phase. kTeacherWeighs says which side a is.
 //   Pair:  phi and g are summed in a phase of their own, once the normalisers are known.
 //
-// The includer provides KD_FN (how a function is declared) and kd_expm1 (of what
-// is at most 0) and kd_log1p for its real type. The
-// same expressions stand in kdkernels/divergences.py; a test pins the two spellings to each other.
+// The includer provides KD_FN (how a function is declared), kd_expm1 (of what is at most 0) and kd_log1p for its real type.
+// The same expressions stand in kdkernels/divergences.py; a test pins the two spellings to each other.
 #pragma once
 
 namespace {

@@ -158,8 +158,7 @@ def gkd(beta: float) -> str | JSD:
     """The divergence that GKD calls β, for those who come from TRL or Liger.
 
     Formula: forward KL(p‖q) at 0, reverse KL(q‖p) at 1, `JSD(beta)` between. (JSD itself tends to 0 at both
-    ends; the
-    two KLs are its limits after division by β and 1−β.)
+    ends; the two KLs are its limits after division by β and 1−β.)
 
     Args:
         beta: 0 ≤ beta ≤ 1.

@@ -21,8 +21,7 @@ class Logits:
     """Logits with the post-processing that some models apply to them.
 
     Formula: with a scale s and a cap c, the logits used are c·tanh(s·z/c), or s·z without a cap. The gradient
-    goes
-    through both, to `z`.
+    goes through both, to `z`.
 
     Args:
         z: Raw logits, `[..., V]`, float32, float64, bfloat16 or float16, of any strides.
