@@ -80,21 +80,52 @@ def g_jsd(lq: Any, lp: Any, beta: float) -> Any:
 
 
 @dataclass(frozen=True)
+class Closed:
+    """How a divergence follows from sums of the first read of the rows, so that none comes after it.
+
+    With a the logits over T of the side whose probabilities w weigh, and b the other's,
+    D = Σ w (A a + B b) − A lse a − B lse b, and Σ g = `sum_g` + `sum_g_per_d` · D.
+    """
+
+    teacher_weighs: bool
+    a: float
+    b: float
+    sum_g: float
+    sum_g_per_d: float
+
+
+@dataclass(frozen=True)
 class Divergence:
-    """One row of the table: a name, the two expressions, and the names of their parameters."""
+    """A row of the table: name, the two expressions, the names of their parameters, a closed form if any."""
 
     name: str
     phi: Callable[..., Any]
     g: Callable[..., Any]
     params: tuple[str, ...] = ()
+    closed: Closed | None = None
 
 
 TABLE: dict[str, Divergence] = {
     d.name: d
     for d in (
-        Divergence("forward_kl", phi_forward_kl, g_forward_kl),
-        Divergence("soft_cross_entropy", phi_soft_cross_entropy, g_soft_cross_entropy),
-        Divergence("reverse_kl", phi_reverse_kl, g_reverse_kl),
+        Divergence(
+            "forward_kl",
+            phi_forward_kl,
+            g_forward_kl,
+            closed=Closed(True, 1.0, -1.0, sum_g=-1.0, sum_g_per_d=0.0),
+        ),
+        Divergence(
+            "soft_cross_entropy",
+            phi_soft_cross_entropy,
+            g_soft_cross_entropy,
+            closed=Closed(True, 0.0, -1.0, sum_g=-1.0, sum_g_per_d=0.0),
+        ),
+        Divergence(
+            "reverse_kl",
+            phi_reverse_kl,
+            g_reverse_kl,
+            closed=Closed(False, 1.0, -1.0, sum_g=1.0, sum_g_per_d=1.0),
+        ),
         Divergence("jsd", phi_jsd, g_jsd, ("beta",)),
     )
 }

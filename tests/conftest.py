@@ -3,7 +3,9 @@ their reason."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +13,8 @@ from typing import Any
 
 # Before torch loads OpenMP: its idle threads spin, which on two busy cores made the suite ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before Triton is imported, which then interprets its kernels, on CPU tensors; in this process alone.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -18,6 +22,10 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 import kdkernels as kd
+
+with contextlib.suppress(ImportError):
+    import kdkernels.backends.triton_kernels
+del os.environ["TRITON_INTERPRET"]
 
 # The same examples on every machine and in every run; `--hypothesis-profile explore` looks for new ones.
 COMMON = {
@@ -75,11 +83,13 @@ def why_not(backend: str) -> str | None:
     return kd.explain(logits, logits).reasons[backend]
 
 
-@pytest.fixture(scope="session", params=["reference", "cpu"])
+@pytest.fixture(scope="session", params=["reference", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of this machine. The C++ one may be missing only where nothing could have built it."""
     reason = why_not(request.param)
     if reason is not None:
+        if request.param == "triton" and importlib.util.find_spec("triton") is None:
+            pytest.skip(reason)
         if request.param == "cpu" and shutil.which("g++") is None:
             pytest.skip(f"no g++ to build it: {reason}")
         pytest.fail(f"backend {request.param!r} can't run here: {reason}")

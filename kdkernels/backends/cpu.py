@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
+from ..layout import common_rows
 from ..reference import label_error
 from ..spec import REDUCTIONS, Call, LossSpec
 
@@ -122,7 +123,7 @@ class CpuBackend:
     ) -> None:
         library = self._library
         student, teacher, labels, mask, token_weights, num_items, spec, classes = call
-        student, teacher, shape, z_strides, v_strides = _common_layout(student, teacher)
+        student, teacher, shape, z_strides, v_strides = common_rows(student, teacher, _MAX_DIMS)
         rows = student.shape[:-1].numel()
         # These are [rows] only; the copies live until the library returns.
         labels = None if labels is None else labels.contiguous()
@@ -225,28 +226,6 @@ def _torch_parallel_for() -> int:
             except (OSError, AttributeError):
                 return 0
     return 0
-
-
-def _common_layout(z: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[int], list[int], list[int]]:
-    """Leading dimensions merged where both sides allow it; each side's strides; copies if too many remain."""
-    if z.is_contiguous() and v.is_contiguous():
-        return z, v, [z.shape[:-1].numel()], [z.shape[-1]], [v.shape[-1]]
-    shape: list[int] = []
-    z_strides: list[int] = []
-    v_strides: list[int] = []
-    for n, sz, sv in zip(z.shape[:-1], z.stride(), v.stride(), strict=False):
-        if n == 1:
-            continue
-        if shape and z_strides[-1] == n * sz and v_strides[-1] == n * sv:
-            shape[-1] *= n
-            z_strides[-1], v_strides[-1] = sz, sv
-        else:
-            shape.append(n)
-            z_strides.append(sz)
-            v_strides.append(sv)
-    if len(shape) > _MAX_DIMS:
-        return _common_layout(z.contiguous(), v.contiguous())
-    return z, v, shape, z_strides, v_strides
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -1,0 +1,41 @@
+"""The functions that expressions of the divergences may use, for Triton: what `xp` is bound to there.
+
+Functions of our own around `triton.language`'s, since the interpreter replaces the latter in a kernel's
+globals only.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def log(x):
+    return tl.log(x)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x > -1, with the digits of a small x (Kahan's quotient)."""
+    u = 1.0 + x
+    safe = tl.where(u == 1.0, 2.0, u)
+    return tl.where(u == 1.0, x, tl.log(safe) * (x / (safe - 1.0)))
+
+
+@triton.jit
+def where(condition, x, y):
+    return tl.where(condition, x, y)
+
+
+@triton.jit
+def abs(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def maximum(x, y):
+    return tl.maximum(x, y)
