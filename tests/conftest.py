@@ -24,7 +24,12 @@ from torch import Tensor
 import kdkernels as kd
 
 with contextlib.suppress(ImportError):
+    import triton
+
     import kdkernels.backends.triton_kernels
+
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
 del os.environ["TRITON_INTERPRET"]
 
 # The same examples on every machine and in every run; `--hypothesis-profile explore` looks for new ones.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -295,7 +296,11 @@ for w in caught:
 def test_labels_that_nothing_uses_warn_once_per_process(backend: str) -> None:
     """Someone who passes labels expects a hard term: told once, at their own line, and not once per step."""
     run = subprocess.run(
-        [sys.executable, "-c", WARN.format(backend=backend)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", WARN.format(backend=backend)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     lines = run.stdout.strip().splitlines()
     assert len(lines) == 1, run.stdout
