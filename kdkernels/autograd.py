@@ -23,6 +23,11 @@ def _graph_is_kept() -> bool:
     return True if query is None else query()
 
 
+def what_to_keep(dtype: torch.dtype) -> str:
+    """What forward keeps for backward: `gradient`, or for float16 the rows' `state`."""
+    return "state" if dtype is torch.float16 else "gradient"
+
+
 class KDFunction(torch.autograd.Function):
     """The loss of a fused backend, differentiable once with respect to the student's raw logits.
 
@@ -34,26 +39,28 @@ class KDFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, call: Call, backend: Any) -> tuple[Tensor, Tensor | None]:
         """One pass over the rows."""
-        loss, stats, gradient = backend.forward(call, student.dtype != torch.float16)
-        KDFunction.save(ctx, call, gradient, backend)
+        keep = what_to_keep(student.dtype)
+        loss, stats, kept = backend.forward(call, keep)
+        KDFunction.save(ctx, call, keep, kept, backend)
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
-    def save(ctx: Any, call: Call, gradient: Tensor | None, backend: Any) -> None:
-        """Saves what backward needs: the gradient, or for float16, which has none yet, the inputs.
+    def save(ctx: Any, call: Call, keep: str, kept: Tensor | None, backend: Any) -> None:
+        """Saves what backward needs: the gradient, or where there is none yet, the inputs and the rows' state.
 
         Apart from `forward`, since a custom op wants it so. torch takes it apart too where it is called
         `setup_context`, and then inspects the signature at every call, which costs 100 µs.
         """
         ctx.set_materialize_grads(False)
         ctx.backend = backend
-        ctx.recompute = gradient is None
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+        ctx.recompute = keep != "gradient"
+        if not ctx.recompute:
+            ctx.save_for_backward(kept)
             return
         *arguments, ctx.spec, ctx.classes = call
+        arguments.append(kept)
         # A tensor is saved as one, so that a later write to it is noticed. Autograd refuses those made under
         # inference_mode; they are kept as they are, like a number of items.
         saved = [x if isinstance(x, Tensor) and not x.is_inference() else None for x in arguments]
@@ -72,8 +79,11 @@ class KDFunction(torch.autograd.Function):
                 "number of times"
             )
         if ctx.recompute:
-            arguments = [x if y is None else y for x, y in zip(ctx.kept, ctx.saved_tensors, strict=True)]
-            gradient = ctx.backend.gradient(upstream, Call._make([*arguments, ctx.spec, ctx.classes]))
+            *arguments, state = (
+                x if y is None else y for x, y in zip(ctx.kept, ctx.saved_tensors, strict=True)
+            )
+            call = Call._make([*arguments, ctx.spec, ctx.classes])
+            gradient = ctx.backend.gradient(upstream, call, state)
         else:
             (saved,) = ctx.saved_tensors
             gradient = ctx.backend.scale(saved, upstream, in_place=not _graph_is_kept())
@@ -84,5 +94,5 @@ def run_fused(backend: Any, call: Call) -> tuple[Tensor, Tensor | None]:
     """The loss and stats of a fused backend, with a gradient only where one can be asked for."""
     if call.student.requires_grad and torch.is_grad_enabled():
         return KDFunction.apply(call.student, call, backend)
-    loss, stats, _ = backend.forward(call, False)
+    loss, stats, _ = backend.forward(call, "nothing")
     return loss, stats

@@ -44,19 +44,17 @@ class TritonConfig:
     Attributes:
         block: Classes that a program works on at once.
         warps: Warps of a program.
+        whole: Whether the block holds the row, so that it is read once and kept.
     """
 
     block: int
     warps: int
+    whole: bool
 
 
-def triton(classes: int) -> TritonConfig:
-    """The configuration for a vocabulary.
-
-    Not measured on a GPU. 4,096 classes over 8 warps are 16 a thread: 64 registers for the closed forms and
-    126 for JSD when compiled for sm_90, so that eight or four programs fit a multiprocessor; 8,192 spill for
-    JSD.
-    """
-    block = min(4096, max(16, 1 << (classes - 1).bit_length()))
-    # 512 classes a warp: 16 bytes a thread of bfloat16 also where a warp has 64 threads.
-    return TritonConfig(block, max(1, min(8, block // 512)))
+def triton(width: int, itemsize: int = 4) -> TritonConfig:
+    """The configuration for rows of a width, computed in numbers of an item size."""
+    block = max(16, 1 << (width - 1).bit_length())
+    whole = block <= 4096
+    block = min(4096, block)
+    return TritonConfig(block, max(1, min(8, block // 512)), whole)

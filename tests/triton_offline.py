@@ -6,6 +6,7 @@ Run by `test_triton.py` in a process of its own, since there the kernels are int
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from triton.compiler import ASTSource
 
 from kdkernels import tuning
 from kdkernels.backends.triton_kernels import (
+    COUNT,
     GRADIENT,
     NO_HARD,
+    NUMBER,
     OWN_HARD,
     closed_constants,
     on_device,
@@ -46,14 +49,14 @@ def source(name: str, dtype: str, vocab: int, hard: int) -> tuple[ASTSource, tun
         "PARAMS": len(divergence.params),
         **closed_constants(divergence),
         "MODE": GRADIENT.value, "SOFT": True, "HARD": hard, "STATS": False,
-        "MEAN": True, "COUNTED": hard != 0,
+        "MEAN": True, "ITEMS": COUNT.value if hard else NUMBER.value, "COUNTED": hard != 0,
         "LABELS": hard != 0, "MASK": False, "WEIGHTS": False,
-        "Z_CAPPED": False, "V_CAPPED": False,
-        "R": tl.float32, "BLOCK": config.block, "z_column": 1, "v_column": 1, "n1": 1,
+        "Z_CAPPED": False, "V_CAPPED": False, "Z_UNIT": True, "V_UNIT": True,
+        "R": tl.float32, "BLOCK": config.block, "WHOLE": config.whole, "ALIGN": math.gcd(8, vocab),
     }  # fmt: skip
     pointers = {
-        "z_ptr": dtype, "v_ptr": dtype, "gradient_ptr": dtype, "rows_ptr": "fp32", "labels_ptr": "i64",
-        "mask_ptr": "u8", "weights_ptr": "fp32", "items_ptr": "fp64", "upstream_ptr": "fp32",
+        "z_ptr": dtype, "v_ptr": dtype, "gradient_ptr": dtype, "rows_ptr": "fp32", "state_ptr": "fp32", "labels_ptr": "i64",
+        "mask_ptr": "u8", "weights_ptr": "fp32", "counted_ptr": "i64", "given_ptr": "fp32", "upstream_ptr": "fp32",
     }  # fmt: skip
     signature: dict[str, str] = {}
     aligned: dict[tuple[int], Any] = {}
@@ -63,7 +66,7 @@ def source(name: str, dtype: str, vocab: int, hard: int) -> tuple[ASTSource, tun
             signature[key] = "constexpr"
             continue
         signature[key] = f"*{pointers[key]}" if key in pointers else parameter.annotation_type or "i32"
-        if key in pointers or "stride" in key or key in ("classes", "width"):
+        if key in pointers:
             aligned[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(row_kernel, signature, constants, aligned), config
 
@@ -72,7 +75,7 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
     """Registers, spills, shared memory, and kinds of 16-byte accesses (load, store) of a build."""
     if target.backend == "hip":
         text = kernel.asm["amdgcn"]
-        wide = set(re.findall(r"global_(?:load|store)_dwordx4", text))
+        wide = set(re.findall(r"(?:global|buffer)_(?:load|store)_dwordx4", text))
         return {
             "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
             "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),
@@ -91,7 +94,7 @@ def resources(kernel: Any, target: GPUTarget) -> dict[str, int]:
         "registers": int(re.search(r"REG:(\d+)", said)[1]),
         "spills": int(re.search(r"STACK:(\d+)", said)[1]) + int(re.search(r"LOCAL:(\d+)", said)[1]),
         "shared": kernel.metadata.shared,
-        "wide_accesses": len(set(re.findall(r"(?:ld|st)\.global\.v4\.b32", ptx))),
+        "wide_accesses": len(set(re.findall(r"(?:ld|st)\.global(?:\.L1::\w+)?\.v4\.b32", ptx))),
     }
 
 

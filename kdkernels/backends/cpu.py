@@ -62,20 +62,20 @@ class CpuBackend:
             return f"has no C++ expression of the divergence {spec.divergence!r}"
         return None
 
-    def forward(self, call: Call, with_gradient: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, the stats where the spec asks for them, and the gradient where it is wanted."""
+    def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, the stats where the spec asks for them, and what is kept for backward."""
         student, teacher, spec = call.student, call.teacher, call.spec
         wide = student.dtype is torch.float64 or teacher.dtype is torch.float64
         R = torch.float64 if wide else torch.float32
         leading = student.shape[:-1]
         loss = torch.empty(leading if spec.reduction == "none" else (), dtype=R)
         stats = torch.empty(_STATS, dtype=torch.float64) if spec.stats else None
-        gradient = torch.empty(student.shape, dtype=student.dtype) if with_gradient else None
-        mode = "gradient" if with_gradient else "loss"
+        gradient = torch.empty(student.shape, dtype=student.dtype) if keep == "gradient" else None
+        mode = "loss" if gradient is None else "gradient"
         self._run(mode, call, gradient=gradient, loss=loss, stats=stats)
         return loss, None if stats is None else stats.to(R), gradient
 
-    def gradient(self, upstream: Tensor, call: Call) -> Tensor:
+    def gradient(self, upstream: Tensor, call: Call, state: Tensor | None) -> Tensor:
         """The gradient alone, with the upstream factor applied before the one rounding."""
         gradient = torch.empty(call.student.shape, dtype=call.student.dtype)
         self._run("scaled_gradient", call, gradient=gradient, upstream=upstream)

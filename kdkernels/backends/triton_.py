@@ -46,13 +46,13 @@ class TritonBackend:
         """None: whatever the table of divergences has."""
         return None
 
-    def forward(self, call: Call, with_gradient: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, the stats where the spec asks for them, and the gradient where it is wanted."""
-        return self._kernels.forward(call, with_gradient)
+    def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, the stats where the spec asks for them, and what is kept for backward."""
+        return self._kernels.forward(call, keep)
 
-    def gradient(self, upstream: Tensor, call: Call) -> Tensor:
+    def gradient(self, upstream: Tensor, call: Call, state: Tensor | None) -> Tensor:
         """The gradient alone, with the upstream factor applied before the one rounding."""
-        return self._kernels.gradient(upstream, call)
+        return self._kernels.gradient(upstream, call, state)
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
         """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""

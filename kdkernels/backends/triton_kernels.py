@@ -1,15 +1,17 @@
 """The Triton kernels: one generic row kernel for NVIDIA, AMD and Intel GPUs, and how a call launches it.
 
 A program takes a row. Phase 1 reads both sides for their normalisers and, where the divergence has a closed
-form, its cross sum; phase 2, for the others, sums phi and g; phase 3 writes the gradient. What is read again
-comes from the second-level cache as long as the rows in flight fit in it.
+form, its cross sum; phase 2, for the others, sums phi and g; phase 3 writes the gradient. Of a vocabulary that
+fits in one block the program keeps both rows and reads them once; of a larger one each phase reads them again,
+from the second-level cache as long as the rows in flight fit in it.
 """
 
 # No `from __future__ import annotations`: Triton reads the kernels' annotations.
+import math
 import types
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +29,15 @@ from . import triton_math
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NEG_INF = tl.constexpr(float("-inf"))
-# What a call wants: the loss; the loss and the gradient; the gradient times the upstream one.
-LOSS, GRADIENT, SCALED_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# What a launch makes: the loss; the loss and the gradient; the loss and the row's state; from the state, the
+# gradient times the upstream one.
+LOSS, GRADIENT, STATE, SCALED_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 # No hard term; one at T = 1 that shares the soft term's softmax; one with its own.
 NO_HARD, SHARED_HARD, OWN_HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-FIGURES = tl.constexpr(7)  # a row's loss, soft term, hard term, two entropies, agreement, accuracy
+# What a mean divides by: a number, a tensor, the count of the rows.
+NUMBER, TENSOR, COUNT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+STATE_ROWS = 7  # references and log-sum-exps of z, v, and z at T = 1; the sum of g
+FIGURES = tl.constexpr(8)  # a row's loss, soft term, hard term, two entropies, agreement, accuracy, labelled
 
 
 @cache
@@ -46,9 +52,34 @@ def on_device(expression: Any) -> Any:
 
 
 @triton.jit
-def _read(row, columns, inside, column_stride, cap, slope, CAPPED: tl.constexpr, R: tl.constexpr):
-    """A block of logits before scale and temperature, capped where there is a cap; -inf beyond the row."""
-    x = tl.load(row + columns * column_stride, mask=inside, other=NEG_INF).to(R)
+def _at(row, columns, stride, UNIT: tl.constexpr):
+    """Where columns of a row lie. Times a stride of its own, a column can pass 2^31."""
+    if UNIT:
+        return row + columns
+    else:
+        return row + tl.cast(columns, tl.int64) * stride
+
+
+@triton.jit
+def _read(
+    row, kept, columns, inside, stride,
+    R: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """A block of raw logits, -inf beyond the row: the one kept, or read, the last time or not."""
+    if WHOLE:
+        x = kept
+    elif LAST:
+        # Makes room in the cache for rows that will be read again.
+        at = _at(row, columns, stride, UNIT)
+        x = tl.load(at, mask=inside, other=NEG_INF, eviction_policy="evict_first")
+    else:
+        x = tl.load(_at(row, columns, stride, UNIT), mask=inside, other=NEG_INF)
+    return x.to(R)
+
+
+@triton.jit
+def _capped(x, inside, cap, slope, CAPPED: tl.constexpr):
+    """cap tanh(slope x) where there is a cap; -inf beyond the row."""
     if CAPPED:
         e = tl.exp(-2.0 * tl.abs(x * slope))
         t = (1.0 - e) / (1.0 + e)
@@ -104,28 +135,54 @@ def _cross(e, own, other, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
+def _divisor(counted_ptr, given_ptr, number, ITEMS: tl.constexpr, COUNTED: tl.constexpr):
+    """What a mean divides by; 1 where no row counts, so that 0 stays 0."""
+    items = tl.full((), number, tl.float64)
+    if ITEMS == TENSOR:
+        items = tl.load(given_ptr).to(tl.float64)
+    if COUNTED:
+        counted = tl.load(counted_ptr).to(tl.float64)
+        if ITEMS == COUNT:
+            items = counted
+        items = tl.where(counted == 0, 1.0, items)
+    return items
+
+
+# Integers that are compiled in would mean a build for each batch; what is known of them is in ALIGN and UNIT.
+@triton.jit(
+    do_not_specialize=[
+        "rows", "n1", "n2", "classes", "width", "ignore_index", "upstream_stride",
+        "z_stride0", "z_stride1", "z_stride2", "z_column", "v_stride0", "v_stride1", "v_stride2", "v_column",
+    ]
+)  # fmt: skip
 def row_kernel(
-    z_ptr, v_ptr, gradient_ptr, rows_ptr,  # [..., V], [..., V], [N, width], [1 or FIGURES, N]
-    labels_ptr, mask_ptr, weights_ptr, items_ptr, upstream_ptr,  # [N], [N], [N], one, [N] or one
+    z_ptr, v_ptr, gradient_ptr, rows_ptr, state_ptr,  # [..., V], [..., V], [N, width], [1 or FIGURES, N], [7, N]
+    labels_ptr, mask_ptr, weights_ptr, counted_ptr, given_ptr, upstream_ptr,  # [N] thrice, one twice, [N] or one
     rows, n1, n2, classes, width, ignore_index,  # N = n0 n1 n2
     z_stride0, z_stride1, z_stride2, z_column, v_stride0, v_stride1, v_stride2, v_column, upstream_stride,
     cz: "fp64", cv: "fp64", c1: "fp64",  # from logits to exponents: both at T, the student at T = 1
     z_cap: "fp64", z_slope: "fp64", v_cap: "fp64", v_slope: "fp64", z_scale: "fp64",
     t_factor: "fp64", soft_weight: "fp64", hard_weight: "fp64", soft_gain: "fp64", hard_gain: "fp64",
-    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", items: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", number: "fp64",
     PHI: tl.constexpr, G: tl.constexpr, PARAMS: tl.constexpr,
     CLOSED: tl.constexpr, TEACHER_WEIGHS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     SUM_G: tl.constexpr, SUM_G_PER_D: tl.constexpr,
     MODE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr,
-    MEAN: tl.constexpr, COUNTED: tl.constexpr,
+    MEAN: tl.constexpr, ITEMS: tl.constexpr, COUNTED: tl.constexpr,
     LABELS: tl.constexpr, MASK: tl.constexpr, WEIGHTS: tl.constexpr,
-    Z_CAPPED: tl.constexpr, V_CAPPED: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr,
+    Z_CAPPED: tl.constexpr, V_CAPPED: tl.constexpr, Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One row: its loss and figures, its gradient."""
+    """One row: its loss and figures, its gradient.
+
+    Classes, width and the strides of rows come divided by ALIGN, from which the compiler sees how wide an
+    access may be. UNIT says that columns lie side by side; with WHOLE, width <= BLOCK.
+    """
     n = tl.program_id(0).to(tl.int64)
     N = rows.to(tl.int64)
     lane = tl.arange(0, BLOCK)
+    classes = classes * ALIGN
+    width = width * ALIGN
 
     label = ignore_index
     if LABELS:
@@ -144,13 +201,24 @@ def row_kernel(
             if STATS:
                 for k in tl.static_range(1, FIGURES):
                     tl.store(rows_ptr + k * N + n, 0.0)
-        if MODE != LOSS:
+        if MODE == GRADIENT or MODE == SCALED_GRADIENT:
             nothing = tl.zeros([BLOCK], R).to(gradient_ptr.dtype.element_ty)
             for start in range(0, width, BLOCK):
                 tl.store(gradient_ptr + n * width + start + lane, nothing, mask=start + lane < width)
     else:
-        z_row = z_ptr + (n // n2 // n1 * z_stride0 + n // n2 % n1 * z_stride1 + n % n2 * z_stride2)
-        v_row = v_ptr + (n // n2 // n1 * v_stride0 + n // n2 % n1 * v_stride1 + n % n2 * v_stride2)
+        z_row = z_ptr + (n // n2 // n1 * z_stride0 + n // n2 % n1 * z_stride1 + n % n2 * z_stride2) * ALIGN
+        v_row = v_ptr + (n // n2 // n1 * v_stride0 + n // n2 % n1 * v_stride1 + n % n2 * v_stride2) * ALIGN
+        # A loop of one round has no other: then what each phase works on are the same registers.
+        end = classes
+        out_end = width
+        z_kept = 0
+        v_kept = 0
+        if WHOLE:
+            end = BLOCK
+            out_end = BLOCK
+            z_kept = tl.load(_at(z_row, lane, z_column, Z_UNIT), mask=lane < classes, other=NEG_INF)
+            if SOFT:
+                v_kept = tl.load(_at(v_row, lane, v_column, V_UNIT), mask=lane < classes, other=NEG_INF)
         # Doubles at the interface, so that a float64 call loses nothing.
         by_z = tl.full((), cz, R)
         by_v = tl.full((), cv, R)
@@ -164,80 +232,104 @@ def row_kernel(
         a2 = tl.full((), p2, R)
         a3 = tl.full((), p3, R)
 
-        # Phase 1: maxima m, references r, sums s of z, v, and z at T = 1; the cross sum.
         zero = tl.full((), 0.0, R)
-        mz = zero + NEG_INF
-        mv = mz
-        m1 = mz
-        rz = zero
-        rv = zero
-        r1 = zero
-        sz = zero
-        sv = zero
-        s1 = zero
-        cross = zero
-        for start in range(0, classes, BLOCK):
-            columns = start + lane
-            inside = columns < classes
-            z = _read(z_row, columns, inside, z_column, cap_z, slope_z, Z_CAPPED, R)
-            y = z * by_z
-            mz, ref_z = _grow(mz, y)
-            y -= ref_z
-            ey = tl.exp(y)
-            moved_z = rz - ref_z
-            keep_z = tl.exp(moved_z)
-            if SOFT:
-                u = _read(v_row, columns, inside, v_column, cap_v, slope_v, V_CAPPED, R) * by_v
-                mv, ref_v = _grow(mv, u)
-                u -= ref_v
-                eu = tl.exp(u)
-                moved_v = rv - ref_v
-                keep_v = tl.exp(moved_v)
-                if CLOSED:
-                    # The sum so far, relative to the new references, and the block's.
-                    if TEACHER_WEIGHS:
-                        cross = keep_v * (cross + sv * (A * moved_v + B * moved_z)) + _cross(eu, u, y, A, B)
-                    else:
-                        cross = keep_z * (cross + sz * (A * moved_z + B * moved_v)) + _cross(ey, y, u, A, B)
-                sv = sv * keep_v + tl.sum(eu, 0)
-                rv = ref_v
-            sz = sz * keep_z + tl.sum(ey, 0)
-            rz = ref_z
-            if HARD == OWN_HARD:
-                m1, ref_1 = _grow(m1, z * by_1)
-                s1 = s1 * tl.exp(r1 - ref_1) + tl.sum(tl.exp(z * by_1 - ref_1), 0)
-                r1 = ref_1
-        if HARD != OWN_HARD:
-            r1 = rz
-            s1 = sz
-        lse_z = tl.log(sz)
-        lse_v = tl.log(sv)
-        lse_1 = tl.log(s1)
-
-        # Phase 2: D and the sum of g.
         soft = zero
-        sum_g = zero
-        if SOFT and CLOSED:
-            if TEACHER_WEIGHS:
-                soft = cross / sv - A * lse_v - B * lse_z
-            else:
-                soft = cross / sz - A * lse_z - B * lse_v
-            sum_g += SUM_G
-            if SUM_G_PER_D != 0:  # 0 times an infinite D isn't 0
-                sum_g += SUM_G_PER_D * soft
-        elif SOFT:
-            phis = tl.zeros([BLOCK], R)
-            gs = tl.zeros([BLOCK], R)
-            for start in range(0, classes, BLOCK):
+        if MODE == SCALED_GRADIENT:
+            rz = tl.load(state_ptr + n)
+            lse_z = tl.load(state_ptr + N + n)
+            rv = tl.load(state_ptr + 2 * N + n)
+            lse_v = tl.load(state_ptr + 3 * N + n)
+            r1 = tl.load(state_ptr + 4 * N + n)
+            lse_1 = tl.load(state_ptr + 5 * N + n)
+            sum_g = tl.load(state_ptr + 6 * N + n)
+        else:
+            # Phase 1: maxima m, references r, sums s of z, v, and z at T = 1; the cross sum.
+            mz = zero + NEG_INF
+            mv = mz
+            m1 = mz
+            rz = zero
+            rv = zero
+            r1 = zero
+            sz = zero
+            sv = zero
+            s1 = zero
+            cross = zero
+            for start in range(0, end, BLOCK):
                 columns = start + lane
                 inside = columns < classes
-                # Two steps: one constant for both would lose the logarithm's digits beside a large reference.
-                lq = _read(z_row, columns, inside, z_column, cap_z, slope_z, Z_CAPPED, R) * by_z - rz - lse_z
-                lp = _read(v_row, columns, inside, v_column, cap_v, slope_v, V_CAPPED, R) * by_v - rv - lse_v
-                phis += _apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS)
-                gs += _apply(G, lq, lp, a0, a1, a2, a3, PARAMS)
-            soft = tl.sum(phis, 0)
-            sum_g = tl.sum(gs, 0)
+                z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS and CLOSED)
+                z = _capped(z, inside, cap_z, slope_z, Z_CAPPED)
+                y = z * by_z
+                mz, ref_z = _grow(mz, y)
+                y -= ref_z
+                ey = tl.exp(y)
+                moved_z = rz - ref_z
+                keep_z = tl.exp(moved_z)
+                if SOFT:
+                    u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS and CLOSED)
+                    u = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v
+                    mv, ref_v = _grow(mv, u)
+                    u -= ref_v
+                    eu = tl.exp(u)
+                    moved_v = rv - ref_v
+                    keep_v = tl.exp(moved_v)
+                    if CLOSED:
+                        # The sum so far, relative to the new references, and the block's.
+                        if TEACHER_WEIGHS:
+                            moved = A * moved_v + B * moved_z
+                            cross = keep_v * (cross + sv * moved) + _cross(eu, u, y, A, B)
+                        else:
+                            moved = A * moved_z + B * moved_v
+                            cross = keep_z * (cross + sz * moved) + _cross(ey, y, u, A, B)
+                    sv = sv * keep_v + tl.sum(eu, 0)
+                    rv = ref_v
+                sz = sz * keep_z + tl.sum(ey, 0)
+                rz = ref_z
+                if HARD == OWN_HARD:
+                    m1, ref_1 = _grow(m1, z * by_1)
+                    s1 = s1 * tl.exp(r1 - ref_1) + tl.sum(tl.exp(z * by_1 - ref_1), 0)
+                    r1 = ref_1
+            if HARD != OWN_HARD:
+                r1 = rz
+                s1 = sz
+            lse_z = tl.log(sz)
+            lse_v = tl.log(sv)
+            lse_1 = tl.log(s1)
+
+            # Phase 2: D and the sum of g.
+            sum_g = zero
+            if SOFT and CLOSED:
+                if TEACHER_WEIGHS:
+                    soft = cross / sv - A * lse_v - B * lse_z
+                else:
+                    soft = cross / sz - A * lse_z - B * lse_v
+                sum_g += SUM_G
+                if SUM_G_PER_D != 0:  # 0 times an infinite D isn't 0
+                    sum_g += SUM_G_PER_D * soft
+            elif SOFT:
+                phis = tl.zeros([BLOCK], R)
+                gs = tl.zeros([BLOCK], R)
+                for start in range(0, end, BLOCK):
+                    columns = start + lane
+                    inside = columns < classes
+                    z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS)
+                    u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS)
+                    # Two steps: one constant for both would lose the logarithm's digits beside a large
+                    # reference.
+                    lq = _capped(z, inside, cap_z, slope_z, Z_CAPPED) * by_z - rz - lse_z
+                    lp = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv - lse_v
+                    phis += _apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS)
+                    gs += _apply(G, lq, lp, a0, a1, a2, a3, PARAMS)
+                soft = tl.sum(phis, 0)
+                sum_g = tl.sum(gs, 0)
+            if MODE == STATE:
+                tl.store(state_ptr + n, rz)
+                tl.store(state_ptr + N + n, lse_z)
+                tl.store(state_ptr + 2 * N + n, rv)
+                tl.store(state_ptr + 3 * N + n, lse_v)
+                tl.store(state_ptr + 4 * N + n, r1)
+                tl.store(state_ptr + 5 * N + n, lse_1)
+                tl.store(state_ptr + 6 * N + n, sum_g)
 
         # A label out of range makes its row NaN: looking at it on the host would wait for the device.
         valid = (label >= 0) & (label < classes)
@@ -249,7 +341,8 @@ def row_kernel(
         if MODE != SCALED_GRADIENT:
             hard = zero
             if HARD != NO_HARD:
-                x = _read(z_row, tl.where(valid, label, 0), True, z_column, cap_z, slope_z, Z_CAPPED, R)
+                x = tl.load(_at(z_row, tl.where(valid, label, 0), z_column, Z_UNIT)).to(R)
+                x = _capped(x, True, cap_z, slope_z, Z_CAPPED)
                 hard = tl.where(labelled, lse_1 - (x * by_1 - r1) + poison, 0.0)
             # A term of weight 0 is absent, also where it is infinite.
             loss = tl.full((), 0.0, tl.float64)
@@ -265,11 +358,13 @@ def row_kernel(
                 top_v = zero + NEG_INF
                 best_z = tl.full((), 0, tl.int32)
                 best_v = tl.full((), 0, tl.int32)
-                for start in range(0, classes, BLOCK):
+                for start in range(0, end, BLOCK):
                     columns = start + lane
                     inside = columns < classes
-                    y = _read(z_row, columns, inside, z_column, cap_z, slope_z, Z_CAPPED, R) * by_z - rz
-                    u = _read(v_row, columns, inside, v_column, cap_v, slope_v, V_CAPPED, R) * by_v - rv
+                    z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS)
+                    u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS)
+                    y = _capped(z, inside, cap_z, slope_z, Z_CAPPED) * by_z - rz
+                    u = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv
                     ey = tl.exp(y)
                     eu = tl.exp(u)
                     xz += tl.where(ey > 0, ey * y, 0.0)
@@ -286,64 +381,83 @@ def row_kernel(
                 tl.store(rows_ptr + 4 * N + n, lse_v - tl.sum(xv, 0) / sv)
                 tl.store(rows_ptr + 5 * N + n, (best_z == best_v).to(R))
                 tl.store(rows_ptr + 6 * N + n, (labelled & (best_z == label)).to(R))
+                tl.store(rows_ptr + 7 * N + n, labelled.to(R))
 
         # Phase 3.
-        if MODE != LOSS:
+        if MODE == GRADIENT or MODE == SCALED_GRADIENT:
             out = gradient_ptr + n * width
             factor = weight
             if MEAN:
-                if COUNTED:
-                    factor /= tl.load(items_ptr)
-                else:
-                    factor /= items
+                factor /= _divisor(counted_ptr, given_ptr, number, ITEMS, COUNTED)
             if MODE == SCALED_GRADIENT:
                 factor *= tl.load(upstream_ptr + n * upstream_stride).to(tl.float64)
             on_soft = (factor * soft_gain).to(R)
             on_hard = tl.where(labelled, factor * hard_gain + poison, 0.0).to(R)
-            for start in range(0, width, BLOCK):
+            for start in range(0, out_end, BLOCK):
                 columns = start + lane
                 inside = columns < classes
-                z = _read(z_row, columns, inside, z_column, cap_z, slope_z, Z_CAPPED, R)
+                raw = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, True)
+                z = _capped(raw, inside, cap_z, slope_z, Z_CAPPED)
                 dz = tl.zeros([BLOCK], R)
                 if SOFT:
+                    u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, True)
                     lq = z * by_z - rz - lse_z
-                    lp = (
-                        _read(v_row, columns, inside, v_column, cap_v, slope_v, V_CAPPED, R) * by_v
-                        - rv
-                        - lse_v
-                    )
+                    lp = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv - lse_v
                     dz = on_soft * (_apply(G, lq, lp, a0, a1, a2, a3, PARAMS) - tl.exp(lq) * sum_g)
                 if HARD != NO_HARD:
                     dz += on_hard * (tl.exp(z * by_1 - r1 - lse_1) - (columns == label).to(R))
                 if Z_CAPPED:  # d cap tanh(scale z / cap) / dz
-                    raw = tl.load(z_row + columns * z_column, mask=inside, other=0.0).to(R)
                     e = tl.exp(-2.0 * tl.abs(raw * slope_z))
                     dz *= tl.full((), z_scale, R) * (4.0 * e / ((1.0 + e) * (1.0 + e)))
                 tl.store(out + columns, _rounded(tl.where(inside, dz, 0.0), out), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def total_kernel(
-    rows_ptr, loss_ptr, items_ptr, rows, items: "fp64", COUNTED: tl.constexpr, BLOCK: tl.constexpr
+    rows_ptr, loss_ptr, stats_ptr, counted_ptr, given_ptr, rows, number: "fp64",
+    MEAN: tl.constexpr, STATS_MEAN: tl.constexpr, ITEMS: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the row losses over the number of items, in one fixed order."""
+    """Program k adds up figure k of the rows, in one fixed order, and divides: the loss, and the stats."""
+    k = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    rows = rows.to(tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
+    labelled = tl.zeros([BLOCK], tl.float64)
     for start in range(0, rows, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(rows_ptr + at, mask=at < rows, other=0.0).to(tl.float64)
-    if COUNTED:
-        divisor = tl.load(items_ptr)
+        inside = start + lane < rows
+        at = start + lane + k * rows
+        total += tl.load(rows_ptr + at, mask=inside, other=0.0).to(tl.float64)
+        if k == 6:
+            labelled += tl.load(rows_ptr + rows + at, mask=inside, other=0.0).to(tl.float64)
+    total = tl.sum(total, 0)
+    if k == 0:
+        if MEAN:
+            total /= _divisor(counted_ptr, given_ptr, number, ITEMS, COUNTED)
+        if loss_ptr is not None:
+            tl.store(loss_ptr, total.to(rows_ptr.dtype.element_ty))
     else:
-        divisor = tl.full((), items, tl.float64)
-    tl.store(loss_ptr, (tl.sum(total, 0) / divisor).to(loss_ptr.dtype.element_ty))
+        if k <= 2:
+            if STATS_MEAN:
+                total /= _divisor(counted_ptr, given_ptr, number, ITEMS, COUNTED)
+        counted = tl.full((), 0, tl.float64) + rows
+        if COUNTED:
+            counted = tl.load(counted_ptr).to(tl.float64)
+        if k == 6:
+            total /= tl.maximum(tl.sum(labelled, 0), 1.0)
+            tl.store(stats_ptr + 6, counted.to(rows_ptr.dtype.element_ty))
+        elif k > 2:
+            total /= tl.maximum(counted, 1.0)
+        tl.store(stats_ptr + k - 1, total.to(rows_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["upstream_stride", "width"])
 def scale_kernel(
-    gradient_ptr, out_ptr, upstream_ptr, upstream_stride, width, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
+    gradient_ptr, out_ptr, upstream_ptr, upstream_stride, width,
+    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Out = gradient * upstream, row by row; in place and times 1 it returns at once."""
     n = tl.program_id(0).to(tl.int64)
+    width = width * ALIGN
     upstream = tl.load(upstream_ptr + n * upstream_stride)
     if not IN_PLACE or upstream != 1.0:
         for start in range(0, width, BLOCK):
@@ -354,38 +468,72 @@ def scale_kernel(
 
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-ROWS_AT_ONCE = 1024  # of the one program that adds up the losses
+MODES = {"nothing": LOSS.value, "gradient": GRADIENT.value, "state": STATE.value}
+ALIGNMENT = 8  # numbers: 16 bytes of 16-bit ones
+ROWS_AT_ONCE = 4096  # of the one program that adds up the losses
 
 
-def forward(call: Call, with_gradient: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, the stats where the spec asks for them, and the gradient where it is wanted."""
+class Items(NamedTuple):
+    """What a mean divides by: a number, one value on the device, or where there is neither the count itself.
+
+    Attributes:
+        counted: How many rows count, one integer on the device, or None where all do.
+        given: The caller's denominator where it is on the device.
+        number: The caller's, or the number of rows, where no device has to be asked.
+    """
+
+    counted: Tensor | None
+    given: Tensor | None
+    number: float | None
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """What a kernel is given."""
+        return self.counted, self.given, 1.0 if self.number is None else self.number
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What it is compiled for."""
+        kind = TENSOR if self.given is not None else COUNT if self.number is None else NUMBER
+        return {"ITEMS": kind.value, "COUNTED": self.counted is not None}
+
+
+def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, the stats where the spec asks for them, and what is kept for backward."""
     student, spec = call.student, call.spec
-    leading = student.shape[:-1]
-    R = working_dtype(call)
-    figures = torch.empty(FIGURES.value if spec.stats else 1, leading.numel(), dtype=R, device=student.device)
-    gradient = (
-        torch.empty(student.shape, dtype=student.dtype, device=student.device) if with_gradient else None
-    )
+    leading, rows = student.shape[:-1], student.shape[:-1].numel()
+    R, device = working_dtype(call), student.device
+    figures = torch.empty(FIGURES.value if spec.stats else 1, rows, dtype=R, device=device)
+    kept = None
+    if keep == "gradient":
+        kept = torch.empty(student.shape, dtype=student.dtype, device=device)
+    elif keep == "state":
+        kept = torch.empty(STATE_ROWS, rows, dtype=R, device=device)
+    loss = None if spec.reduction == "none" else torch.empty((), dtype=R, device=device)
+    stats = torch.empty(FIGURES.value - 1, dtype=R, device=device) if spec.stats else None
     items = count_items(call)
     with _launching(student):
-        launch(GRADIENT.value if with_gradient else LOSS.value, call, items, gradient, figures, None)
-        if spec.reduction == "none":
-            loss = figures[0].reshape(leading)
-        else:
-            loss = torch.empty((), dtype=R, device=student.device)
-            memory, value = (None, 1.0) if spec.reduction == "sum" else items
-            total_kernel[(1,)](
-                figures, loss, memory, leading.numel(), value, COUNTED=memory is not None, BLOCK=ROWS_AT_ONCE
-            )
-    return loss, stats_of(call, figures, items) if spec.stats else None, gradient
+        launch(
+            MODES[keep], call, items, gradient=kept if keep == "gradient" else None, figures=figures,
+            state=kept if keep == "state" else None,
+        )  # fmt: skip
+        if loss is not None or stats is not None:
+            total_kernel[(FIGURES.value - 1 if spec.stats else 1,)](
+                figures, loss, stats, *items.arguments[:2], rows, items.arguments[2],
+                MEAN=spec.reduction == "mean", STATS_MEAN=spec.reduction != "sum", **items.constants,
+                BLOCK=ROWS_AT_ONCE, num_warps=8,
+            )  # fmt: skip
+    return figures[0].reshape(leading) if loss is None else loss, stats, kept
 
 
-def gradient(upstream: Tensor, call: Call) -> Tensor:
-    """The gradient alone, with the upstream factor applied before the one rounding."""
+def gradient(upstream: Tensor, call: Call, state: Tensor) -> Tensor:
+    """The gradient alone, from the rows and their state, with the upstream factor before the one rounding."""
     student = call.student
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     with _launching(student):
-        launch(SCALED_GRADIENT.value, call, count_items(call), out, None, upstream)
+        launch(
+            SCALED_GRADIENT.value, call, count_items(call), gradient=out, state=state, upstream=upstream
+        )
     return out
 
 
@@ -395,11 +543,12 @@ def scale(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
     width = gradient.shape[-1]
     if gradient.numel():
         upstream, stride = (upstream, 0) if upstream.dim() == 0 else (upstream.contiguous(), 1)
-        block = tuning.triton(width).block
+        config, align = tuning.triton(width), math.gcd(ALIGNMENT, width)
         with _launching(gradient):
             scale_kernel[(gradient.numel() // width,)](
-                gradient, out, upstream, stride, width, IN_PLACE=in_place, BLOCK=block
-            )
+                gradient, out, upstream, stride, width // align,
+                IN_PLACE=in_place, BLOCK=config.block, ALIGN=align, num_warps=config.warps,
+            )  # fmt: skip
     return out
 
 
@@ -415,25 +564,24 @@ def working_dtype(call: Call) -> torch.dtype:
     return torch.float64 if torch.float64 in (call.student.dtype, call.teacher.dtype) else torch.float32
 
 
-def count_items(call: Call) -> tuple[Tensor | None, float]:
-    """What a mean divides by: one float64 on the device, or where no device has to be asked, a number."""
-    if call.spec.reduction != "mean" and not call.spec.stats:
-        return None, 1.0
+def count_items(call: Call) -> Items:
+    """What a mean divides by, found without waiting for the device."""
+    spec, given = call.spec, call.num_items
+    rows = call.student.shape[:-1].numel()
+    if rows == 0 or (spec.reduction != "mean" and not spec.stats):
+        return Items(None, None, 1.0)
     counted: Tensor | None = None
     if call.mask is not None:
         counted = call.mask.sum()
     elif call.labels is not None:
-        counted = (call.labels != call.spec.ignore_index).sum()
-    items = call.num_items
-    if counted is None:
-        rows = call.student.shape[:-1].numel()
-        if rows == 0:
-            return None, 1.0
-        if isinstance(items, Tensor):
-            return items.to(call.student.device, torch.float64), 1.0
-        return None, float(rows if items is None else items)
-    given = counted if items is None else items
-    return torch.where(counted == 0, 1.0, given).to(call.student.device, torch.float64), 1.0
+        counted = (call.labels != spec.ignore_index).sum()
+    if isinstance(given, Tensor):
+        if given.device.type != "cpu":
+            return Items(counted, given, None)
+        given = float(given)
+    if given is None and counted is None:
+        given = rows
+    return Items(counted, None, None if given is None else float(given))
 
 
 def closed_constants(divergence: Divergence) -> dict[str, bool | float]:
@@ -452,14 +600,16 @@ def closed_constants(divergence: Divergence) -> dict[str, bool | float]:
 def launch(
     mode: int,
     call: Call,
-    items: tuple[Tensor | None, float],
-    gradient: Tensor | None,
-    figures: Tensor | None,
-    upstream: Tensor | None,
+    items: Items,
+    *,
+    gradient: Tensor | None = None,
+    figures: Tensor | None = None,
+    state: Tensor | None = None,
+    upstream: Tensor | None = None,
 ) -> None:
-    """One program a row: fills whichever of gradient and figures the mode asks for."""
+    """One program a row: reads or fills whatever of these the mode is about."""
     student, teacher, labels, mask, token_weights, _, spec, classes = call
-    rows = student.shape[:-1].numel()
+    rows, width = student.shape[:-1].numel(), student.shape[-1]
     if rows == 0:
         return
     z, v, shape, z_strides, v_strides = common_rows(student, teacher, 3)
@@ -475,29 +625,34 @@ def launch(
     hard = NO_HARD if not uses_labels else SHARED_HARD if T == 1 else OWN_HARD
     if uses_labels and student.device.type == "cpu":
         _check_labels(call)
-    config = tuning.triton(classes)
+    counted, given, number = items.arguments
+    R = working_dtype(call)
+    config = tuning.triton(width, R.itemsize)
+    align = math.gcd(ALIGNMENT, classes, width, *z_strides, *v_strides)
+    z_strides, v_strides = ([x // align for x in strides] for strides in (z_strides, v_strides))
     row_kernel[(rows,)](
-        z, v, gradient, figures,
+        z, v, gradient, figures, state,
         None if labels is None else labels.contiguous(),
         None if mask is None else mask.contiguous().view(torch.uint8),
         None if token_weights is None else token_weights.detach().contiguous(),
-        items[0],
+        counted, given,
         None if upstream is None else upstream.contiguous(),
-        rows, *[1, 1, 1, *shape][-2:], classes, student.shape[-1], spec.ignore_index,
+        rows, *[1, 1, 1, *shape][-2:], classes // align, width // align, spec.ignore_index,
         *none, *z_strides, z.stride(-1), *none, *v_strides, v.stride(-1),
         0 if upstream is None or upstream.dim() == 0 else 1,
         z_scale / T, v_scale / T, z_scale,
         z_cap, spec.student_scale / z_cap, v_cap, spec.teacher_scale / v_cap, spec.student_scale,
         spec.t_factor, spec.soft_weight, spec.hard_weight,
         spec.soft_weight * spec.t_factor * z_scale / T, spec.hard_weight * z_scale,
-        *params, items[1],
+        *params, number,
         PHI=on_device(divergence.phi), G=on_device(divergence.g), PARAMS=len(spec.params),
         **closed_constants(divergence),
         MODE=mode, SOFT=spec.soft_weight != 0 or spec.stats, HARD=hard.value, STATS=spec.stats,
-        MEAN=spec.reduction == "mean", COUNTED=items[0] is not None,
+        MEAN=spec.reduction == "mean", **items.constants,
         LABELS=labels is not None, MASK=mask is not None, WEIGHTS=token_weights is not None,
         Z_CAPPED=spec.student_softcap != 0, V_CAPPED=spec.teacher_softcap != 0,
-        R=TYPES[working_dtype(call)], BLOCK=config.block, num_warps=config.warps,
+        Z_UNIT=z.stride(-1) == 1, V_UNIT=v.stride(-1) == 1,
+        R=TYPES[R], BLOCK=config.block, WHOLE=config.whole, ALIGN=align, num_warps=config.warps,
     )  # fmt: skip
 
 
@@ -511,26 +666,3 @@ def _check_labels(call: Call) -> None:
     if wrong.any():
         row = int(wrong.int().argmax())
         raise ValueError(label_error(int(labels[row]), row, labels.numel(), call.classes))
-
-
-def stats_of(call: Call, figures: Tensor, items: tuple[Tensor | None, float]) -> Tensor:
-    """The seven figures of `KDStats` from those of the rows."""
-    spec = call.spec
-    counted = call.mask
-    if counted is None and call.labels is not None:
-        counted = call.labels != spec.ignore_index
-    rows = figures.new_full((), figures.shape[1]) if counted is None else counted.sum().to(figures.dtype)
-    labelled = rows * 0
-    if call.labels is not None:
-        here = call.labels != spec.ignore_index
-        labelled = (here if call.mask is None else here & call.mask).sum().to(figures.dtype)
-    sums = figures.sum(1, dtype=torch.float64).to(figures.dtype)
-    if spec.reduction == "sum":
-        over: Any = 1.0
-    else:
-        over = items[1] if items[0] is None else items[0].to(figures.dtype)
-    one = rows.clamp(min=1)
-    return torch.stack(
-        [sums[1] / over, sums[2] / over, sums[3] / one, sums[4] / one, sums[5] / one,
-         sums[6] / labelled.clamp(min=1), rows]
-    )  # fmt: skip
