@@ -162,7 +162,7 @@ def kd_loss(
         "pad_vocab": pad_vocab,
         "teacher_requires_grad": teacher_requires_grad,
     }
-    loss, _ = _run(_check(student, teacher, labels, options, stats=False), backend)
+    loss, _ = _run(checked_call(student, teacher, labels, options, stats=False), backend)
     return loss
 
 
@@ -185,8 +185,8 @@ def kd_loss_with_stats(
         ValueError: As `kd_loss`.
         RuntimeError: As `kd_loss`.
     """
-    options = _complete(options)
-    loss, stats = _run(_check(student, teacher, labels, options, stats=True), options["backend"])
+    options = complete(options)
+    loss, stats = _run(checked_call(student, teacher, labels, options, stats=True), options["backend"])
     assert stats is not None
     return loss, KDStats(*stats.unbind())
 
@@ -208,8 +208,8 @@ def explain(student: Source, teacher: Source, labels: Tensor | None = None, **op
         ValueError: As `kd_loss`.
         RuntimeError: A named backend that can't run here.
     """
-    options = _complete(options)
-    call = _check(student, teacher, labels, options, stats=False)
+    options = complete(options)
+    call = checked_call(student, teacher, labels, options, stats=False)
     chosen = registry.choose(options["backend"], call.spec, call.student, call.teacher)
     reasons = {
         b.name: registry.reason(b, call.spec, call.student, call.teacher) for b in registry.BACKENDS.values()
@@ -253,7 +253,7 @@ _SPEC_OPTIONS = (
 _PER_CALL = ("mask", "token_weights", "num_items")
 
 
-def _complete(options: dict[str, Any]) -> dict[str, Any]:
+def complete(options: dict[str, Any]) -> dict[str, Any]:
     """The options with their defaults; an error for one that doesn't exist."""
     for name in options:
         if name not in _DEFAULTS:
@@ -266,7 +266,7 @@ def check_options(options: dict[str, Any]) -> None:
     for name in _PER_CALL:
         if name in options:
             raise TypeError(f"{name} is given to each call of the module, not to its constructor")
-    options = _complete(options)
+    options = complete(options)
     _spec(options, (1.0, None), (1.0, None), stats=False)
     _check_choice("teacher_requires_grad", options["teacher_requires_grad"], _TEACHER_CHOICES)
     if options["backend"] is not None:
@@ -300,7 +300,8 @@ def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
     return run_fused(chosen, call)
 
 
-def _check(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
+def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
+    """The arguments of `kd_loss`, with every option given, checked and as backends take them."""
     z, z_options = unwrap("student", student)
     v, v_options = unwrap("teacher", teacher)
     spec = _spec(options, z_options, v_options, stats)

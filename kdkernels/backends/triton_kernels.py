@@ -36,7 +36,7 @@ LOSS, GRADIENT, STATE, SCALED_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.co
 NO_HARD, SHARED_HARD, OWN_HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What a mean divides by: a number, a tensor, the count of the rows.
 NUMBER, TENSOR, COUNT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-STATE_ROWS = 7  # references and log-sum-exps of z, v, and z at T = 1; the sum of g
+STATE_ROWS = 6  # references and log-sum-exps of z and v; log-sum-exp of z at T = 1; the sum of g
 FIGURES = tl.constexpr(8)  # a row's loss, soft term, hard term, two entropies, agreement, accuracy, labelled
 
 
@@ -135,6 +135,14 @@ def _cross(e, own, other, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
+def _best(x, maximum, columns, classes, best):
+    """The first column of the largest value, given that of the blocks before and their maximum."""
+    largest = tl.max(x, 0)
+    first = tl.min(tl.where(x == largest, columns, classes), 0)
+    return tl.where(largest > maximum, first, best)
+
+
+@triton.jit
 def _divisor(counted_ptr, given_ptr, number, ITEMS: tl.constexpr, COUNTED: tl.constexpr):
     """What a mean divides by; 1 where no row counts, so that 0 stays 0."""
     items = tl.full((), number, tl.float64)
@@ -156,11 +164,11 @@ def _divisor(counted_ptr, given_ptr, number, ITEMS: tl.constexpr, COUNTED: tl.co
     ]
 )  # fmt: skip
 def row_kernel(
-    z_ptr, v_ptr, gradient_ptr, rows_ptr, state_ptr,  # [..., V], [..., V], [N, width], [1 or FIGURES, N], [7, N]
+    z_ptr, v_ptr, gradient_ptr, rows_ptr, state_ptr,  # [..., V], [..., V], [N, width], [1 or FIGURES, N], [6, N]
     labels_ptr, mask_ptr, weights_ptr, counted_ptr, given_ptr, upstream_ptr,  # [N] thrice, one twice, [N] or one
     rows, n1, n2, classes, width, ignore_index,  # N = n0 n1 n2
     z_stride0, z_stride1, z_stride2, z_column, v_stride0, v_stride1, v_stride2, v_column, upstream_stride,
-    cz: "fp64", cv: "fp64", c1: "fp64",  # from logits to exponents: both at T, the student at T = 1
+    cz: "fp64", cv: "fp64", c1: "fp64", T: "fp64",  # logits to exponents: both at T, the student at T = 1
     z_cap: "fp64", z_slope: "fp64", v_cap: "fp64", v_slope: "fp64", z_scale: "fp64",
     t_factor: "fp64", soft_weight: "fp64", hard_weight: "fp64", soft_gain: "fp64", hard_gain: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", number: "fp64",
@@ -223,6 +231,7 @@ def row_kernel(
         by_z = tl.full((), cz, R)
         by_v = tl.full((), cv, R)
         by_1 = tl.full((), c1, R)
+        to_1 = tl.full((), T, R)
         cap_z = tl.full((), z_cap, R)
         cap_v = tl.full((), v_cap, R)
         slope_z = tl.full((), z_slope, R)
@@ -239,27 +248,32 @@ def row_kernel(
             lse_z = tl.load(state_ptr + N + n)
             rv = tl.load(state_ptr + 2 * N + n)
             lse_v = tl.load(state_ptr + 3 * N + n)
-            r1 = tl.load(state_ptr + 4 * N + n)
-            lse_1 = tl.load(state_ptr + 5 * N + n)
-            sum_g = tl.load(state_ptr + 6 * N + n)
+            lse_1 = tl.load(state_ptr + 4 * N + n)
+            sum_g = tl.load(state_ptr + 5 * N + n)
         else:
-            # Phase 1: maxima m, references r, sums s of z, v, and z at T = 1; the cross sum.
+            # Phase 1: maxima m, references r, sums s of z and v, and of z at T = 1, whose reference is z's at
+            # T times T; the cross sum.
             mz = zero + NEG_INF
             mv = mz
-            m1 = mz
             rz = zero
             rv = zero
-            r1 = zero
             sz = zero
             sv = zero
             s1 = zero
             cross = zero
+            # For the stats: sums of e^y y, and the most probable classes.
+            xz = zero
+            xv = zero
+            best_z = tl.full((), 0, tl.int32)
+            best_v = best_z
             for start in range(0, end, BLOCK):
                 columns = start + lane
                 inside = columns < classes
                 z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS and CLOSED)
                 z = _capped(z, inside, cap_z, slope_z, Z_CAPPED)
                 y = z * by_z
+                if STATS:
+                    best_z = _best(y, mz, columns, classes, best_z)
                 mz, ref_z = _grow(mz, y)
                 y -= ref_z
                 ey = tl.exp(y)
@@ -268,6 +282,8 @@ def row_kernel(
                 if SOFT:
                     u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS and CLOSED)
                     u = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v
+                    if STATS:
+                        best_v = _best(u, mv, columns, classes, best_v)
                     mv, ref_v = _grow(mv, u)
                     u -= ref_v
                     eu = tl.exp(u)
@@ -281,16 +297,17 @@ def row_kernel(
                         else:
                             moved = A * moved_z + B * moved_v
                             cross = keep_z * (cross + sz * moved) + _cross(ey, y, u, A, B)
+                    if STATS:
+                        xv = keep_v * (xv + sv * moved_v) + _cross(eu, u, u, 0.0, 1.0)
                     sv = sv * keep_v + tl.sum(eu, 0)
                     rv = ref_v
+                if STATS:
+                    xz = keep_z * (xz + sz * moved_z) + _cross(ey, y, y, 0.0, 1.0)
                 sz = sz * keep_z + tl.sum(ey, 0)
-                rz = ref_z
                 if HARD == OWN_HARD:
-                    m1, ref_1 = _grow(m1, z * by_1)
-                    s1 = s1 * tl.exp(r1 - ref_1) + tl.sum(tl.exp(z * by_1 - ref_1), 0)
-                    r1 = ref_1
+                    s1 = s1 * tl.exp(moved_z * to_1) + tl.sum(tl.exp(z * by_1 - ref_z * to_1), 0)
+                rz = ref_z
             if HARD != OWN_HARD:
-                r1 = rz
                 s1 = sz
             lse_z = tl.log(sz)
             lse_v = tl.log(sv)
@@ -327,9 +344,8 @@ def row_kernel(
                 tl.store(state_ptr + N + n, lse_z)
                 tl.store(state_ptr + 2 * N + n, rv)
                 tl.store(state_ptr + 3 * N + n, lse_v)
-                tl.store(state_ptr + 4 * N + n, r1)
-                tl.store(state_ptr + 5 * N + n, lse_1)
-                tl.store(state_ptr + 6 * N + n, sum_g)
+                tl.store(state_ptr + 4 * N + n, lse_1)
+                tl.store(state_ptr + 5 * N + n, sum_g)
 
         # A label out of range makes its row NaN: looking at it on the host would wait for the device.
         valid = (label >= 0) & (label < classes)
@@ -343,7 +359,7 @@ def row_kernel(
             if HARD != NO_HARD:
                 x = tl.load(_at(z_row, tl.where(valid, label, 0), z_column, Z_UNIT)).to(R)
                 x = _capped(x, True, cap_z, slope_z, Z_CAPPED)
-                hard = tl.where(labelled, lse_1 - (x * by_1 - r1) + poison, 0.0)
+                hard = tl.where(labelled, lse_1 - (x * by_1 - rz * to_1) + poison, 0.0)
             # A term of weight 0 is absent, also where it is infinite.
             loss = tl.full((), 0.0, tl.float64)
             if soft_weight != 0:
@@ -352,36 +368,13 @@ def row_kernel(
                 loss += hard_weight * hard.to(tl.float64)
             tl.store(rows_ptr + n, (weight * loss).to(R))
             if STATS:
-                xz = tl.zeros([BLOCK], R)
-                xv = tl.zeros([BLOCK], R)
-                top_z = zero + NEG_INF
-                top_v = zero + NEG_INF
-                best_z = tl.full((), 0, tl.int32)
-                best_v = tl.full((), 0, tl.int32)
-                for start in range(0, end, BLOCK):
-                    columns = start + lane
-                    inside = columns < classes
-                    z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS)
-                    u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS)
-                    y = _capped(z, inside, cap_z, slope_z, Z_CAPPED) * by_z - rz
-                    u = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv
-                    ey = tl.exp(y)
-                    eu = tl.exp(u)
-                    xz += tl.where(ey > 0, ey * y, 0.0)
-                    xv += tl.where(eu > 0, eu * u, 0.0)
-                    block_z, at_z = tl.max(y, 0, return_indices=True)
-                    block_v, at_v = tl.max(u, 0, return_indices=True)
-                    best_z = tl.where(block_z > top_z, start + at_z, best_z)
-                    best_v = tl.where(block_v > top_v, start + at_v, best_v)
-                    top_z = tl.maximum(top_z, block_z)
-                    top_v = tl.maximum(top_v, block_v)
                 tl.store(rows_ptr + N + n, (t_factor * soft.to(tl.float64)).to(R))
                 tl.store(rows_ptr + 2 * N + n, hard)
-                tl.store(rows_ptr + 3 * N + n, lse_z - tl.sum(xz, 0) / sz)
-                tl.store(rows_ptr + 4 * N + n, lse_v - tl.sum(xv, 0) / sv)
+                tl.store(rows_ptr + 7 * N + n, labelled.to(R))
+                tl.store(rows_ptr + 3 * N + n, lse_z - xz / sz)
+                tl.store(rows_ptr + 4 * N + n, lse_v - xv / sv)
                 tl.store(rows_ptr + 5 * N + n, (best_z == best_v).to(R))
                 tl.store(rows_ptr + 6 * N + n, (labelled & (best_z == label)).to(R))
-                tl.store(rows_ptr + 7 * N + n, labelled.to(R))
 
         # Phase 3.
         if MODE == GRADIENT or MODE == SCALED_GRADIENT:
@@ -405,7 +398,7 @@ def row_kernel(
                     lp = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv - lse_v
                     dz = on_soft * (_apply(G, lq, lp, a0, a1, a2, a3, PARAMS) - tl.exp(lq) * sum_g)
                 if HARD != NO_HARD:
-                    dz += on_hard * (tl.exp(z * by_1 - r1 - lse_1) - (columns == label).to(R))
+                    dz += on_hard * (tl.exp(z * by_1 - rz * to_1 - lse_1) - (columns == label).to(R))
                 if Z_CAPPED:  # d cap tanh(scale z / cap) / dz
                     e = tl.exp(-2.0 * tl.abs(raw * slope_z))
                     dz *= tl.full((), z_scale, R) * (4.0 * e / ((1.0 + e) * (1.0 + e)))
@@ -415,39 +408,42 @@ def row_kernel(
 @triton.jit(do_not_specialize=["rows"])
 def total_kernel(
     rows_ptr, loss_ptr, stats_ptr, counted_ptr, given_ptr, rows, number: "fp64",
-    MEAN: tl.constexpr, STATS_MEAN: tl.constexpr, ITEMS: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
+    LOSS_MEAN: tl.constexpr, STATS_MEAN: tl.constexpr, ITEMS: tl.constexpr, COUNTED: tl.constexpr,
+    STATS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program k adds up figure k of the rows, in one fixed order, and divides: the loss, and the stats."""
     k = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    rows = rows.to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float64)
-    labelled = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, rows, BLOCK):
-        inside = start + lane < rows
-        at = start + lane + k * rows
-        total += tl.load(rows_ptr + at, mask=inside, other=0.0).to(tl.float64)
-        if k == 6:
-            labelled += tl.load(rows_ptr + rows + at, mask=inside, other=0.0).to(tl.float64)
-    total = tl.sum(total, 0)
+    N = rows.to(tl.int64)
+    sums = tl.zeros([BLOCK], tl.float64)
+    labels = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, N, BLOCK):
+        inside = start + lane < N
+        sums += tl.load(rows_ptr + k * N + start + lane, mask=inside, other=0.0).to(tl.float64)
+        if STATS:
+            if k == 6:
+                at = rows_ptr + 7 * N + start + lane
+                labels += tl.load(at, mask=inside, other=0.0).to(tl.float64)
+    total = tl.sum(sums, 0)
+    to: tl.constexpr = rows_ptr.dtype.element_ty
     if k == 0:
-        if MEAN:
-            total /= _divisor(counted_ptr, given_ptr, number, ITEMS, COUNTED)
         if loss_ptr is not None:
-            tl.store(loss_ptr, total.to(rows_ptr.dtype.element_ty))
-    else:
-        if k <= 2:
-            if STATS_MEAN:
+            if LOSS_MEAN:
                 total /= _divisor(counted_ptr, given_ptr, number, ITEMS, COUNTED)
-        counted = tl.full((), 0, tl.float64) + rows
+            tl.store(loss_ptr, total.to(to))
+    elif STATS:
+        counted = N.to(tl.float64)
         if COUNTED:
             counted = tl.load(counted_ptr).to(tl.float64)
+        divisor = tl.maximum(counted, 1.0)
+        if k <= 2:
+            divisor = tl.full((), 1.0, tl.float64)
+            if STATS_MEAN:
+                divisor = _divisor(counted_ptr, given_ptr, number, ITEMS, COUNTED)
         if k == 6:
-            total /= tl.maximum(tl.sum(labelled, 0), 1.0)
-            tl.store(stats_ptr + 6, counted.to(rows_ptr.dtype.element_ty))
-        elif k > 2:
-            total /= tl.maximum(counted, 1.0)
-        tl.store(stats_ptr + k - 1, total.to(rows_ptr.dtype.element_ty))
+            divisor = tl.maximum(tl.sum(labels, 0), 1.0)
+            tl.store(stats_ptr + 6, counted.to(to))
+        tl.store(stats_ptr + k - 1, (total / divisor).to(to))
 
 
 @triton.jit(do_not_specialize=["upstream_stride", "width"])
@@ -520,8 +516,8 @@ def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None
         if loss is not None or stats is not None:
             total_kernel[(FIGURES.value - 1 if spec.stats else 1,)](
                 figures, loss, stats, *items.arguments[:2], rows, items.arguments[2],
-                MEAN=spec.reduction == "mean", STATS_MEAN=spec.reduction != "sum", **items.constants,
-                BLOCK=ROWS_AT_ONCE, num_warps=8,
+                LOSS_MEAN=spec.reduction == "mean", STATS_MEAN=spec.reduction != "sum", **items.constants,
+                STATS=spec.stats, BLOCK=ROWS_AT_ONCE, num_warps=8,
             )  # fmt: skip
     return figures[0].reshape(leading) if loss is None else loss, stats, kept
 
@@ -543,7 +539,8 @@ def scale(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
     width = gradient.shape[-1]
     if gradient.numel():
         upstream, stride = (upstream, 0) if upstream.dim() == 0 else (upstream.contiguous(), 1)
-        config, align = tuning.triton(width), math.gcd(ALIGNMENT, width)
+        config = tuning.triton(width, gradient.element_size(), lanes=lanes(gradient.device))
+        align = math.gcd(ALIGNMENT, width)
         with _launching(gradient):
             scale_kernel[(gradient.numel() // width,)](
                 gradient, out, upstream, stride, width // align,
@@ -554,9 +551,14 @@ def scale(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
 
 def _launching(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device; the interpreter is numpy, which warns of every -inf."""
-    if INTERPRETED.value:
+    if tensor.device.type == "cpu":
         return np.errstate(all="ignore")
     return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def lanes(device: torch.device) -> int:
+    """Threads of a warp: 64 on some of AMD's GPUs."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 def working_dtype(call: Call) -> torch.dtype:
@@ -627,7 +629,8 @@ def launch(
         _check_labels(call)
     counted, given, number = items.arguments
     R = working_dtype(call)
-    config = tuning.triton(width, R.itemsize)
+    itemsize = max(student.element_size(), teacher.element_size())
+    config = tuning.triton(width, itemsize, spec.stats, lanes(student.device))
     align = math.gcd(ALIGNMENT, classes, width, *z_strides, *v_strides)
     z_strides, v_strides = ([x // align for x in strides] for strides in (z_strides, v_strides))
     row_kernel[(rows,)](
@@ -640,7 +643,7 @@ def launch(
         rows, *[1, 1, 1, *shape][-2:], classes // align, width // align, spec.ignore_index,
         *none, *z_strides, z.stride(-1), *none, *v_strides, v.stride(-1),
         0 if upstream is None or upstream.dim() == 0 else 1,
-        z_scale / T, v_scale / T, z_scale,
+        z_scale / T, v_scale / T, z_scale, T,
         z_cap, spec.student_scale / z_cap, v_cap, spec.teacher_scale / v_cap, spec.student_scale,
         spec.t_factor, spec.soft_weight, spec.hard_weight,
         spec.soft_weight * spec.t_factor * z_scale / T, spec.hard_weight * z_scale,

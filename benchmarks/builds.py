@@ -1,0 +1,220 @@
+"""``python -m benchmarks builds``: the Triton kernels built for GPUs that need not be here.
+
+Calls go as far as the launch, which is recorded instead of made; what was to be launched is compiled for each
+target, and registers, spills, shared memory and the widths of the accesses are read from the machine code. Run
+in a process of its own by the tests, since in theirs the kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels.bench import markdown_table, print_table, write_json
+from kdkernels.divergences import TABLE
+from kdkernels.functional import checked_call, complete
+
+RESULTS = Path(__file__).parent / "results"
+VOCABULARIES = (1_000, 32_000, 128_256, 262_144)
+# Triton's (backend, architecture, threads of a warp).
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.uint8: "*u8",
+}  # fmt: skip
+# Options of a call: the loss alone, hard labels at T = 1 beside a soft term at T = 2, and all that there is.
+OPTIONS = ("plain", "hard", "everything")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a kernel was to be launched with."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Recorder:
+    """Stands in for a kernel and keeps its launches."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.launches.append(Launch(self.kernel, arguments, options))
+
+
+def launches_of(target: str, divergence: str, dtype: str, vocab: int, options: str, rows: int = 2) -> list[Launch]:
+    """What forward, and backward, of one call would launch; its arithmetic is not done."""
+    from kdkernels.autograd import what_to_keep
+    from kdkernels.backends import triton_kernels
+
+    launches: list[Launch] = []
+    real = {name: getattr(triton_kernels, name) for name in ("row_kernel", "total_kernel", "scale_kernel")}
+    stand_ins = {name: Recorder(kernel, launches) for name, kernel in real.items()}
+    real["lanes"], stand_ins["lanes"] = triton_kernels.lanes, lambda device: TARGETS[target][2]
+    for name, stand_in in stand_ins.items():
+        setattr(triton_kernels, name, stand_in)
+    try:
+        z, v = torch.empty(2, rows, vocab, dtype=DTYPES[dtype]).unbind()
+        given: dict[str, Any] = {"divergence": kd.JSD(0.3) if divergence == "jsd" else divergence}
+        student, teacher, labels = kd.Logits(z), kd.Logits(v), None
+        if options != "plain":
+            labels = torch.zeros(rows, dtype=torch.int64)
+            given |= {"hard_weight": 0.1, "temperature": 2.0}
+        if options == "everything":
+            student, teacher = replace(student, scale=0.5, softcap=30.0), replace(teacher, softcap=20.0)
+            given |= {"mask": torch.ones(rows, dtype=torch.bool), "token_weights": torch.ones(rows)}
+        keep = what_to_keep(z.dtype)
+        call = checked_call(student, teacher, labels, complete(given), stats=options == "everything")
+        _, _, kept = triton_kernels.forward(call, keep)
+        upstream = torch.ones(())
+        if keep == "state":
+            triton_kernels.gradient(upstream, call, kept)
+        else:
+            triton_kernels.scale(kept, upstream, in_place=True)
+    finally:
+        for name, function in real.items():
+            setattr(triton_kernels, name, function)
+    return launches
+
+
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """Types, constants and attributes of a launch, as Triton's own launcher finds them."""
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    given |= {k: x for k, x in launch.options.items() if k in launch.kernel.arg_names}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = parameter.annotation_type or "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return signature, constants, attributes
+
+
+def build(launch: Launch, target: str) -> dict[str, Any]:
+    """Compiles a launch for a target and says what it uses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend = TARGETS[target][0]
+    warps = launch.options.get("num_warps", 4)
+    kernel = triton.compile(
+        ASTSource(launch.kernel, *specialised(launch)),
+        target=GPUTarget(*TARGETS[target]),
+        options={"num_warps": warps},
+    )
+    found = {"warps": warps, "shared": kernel.metadata.shared}
+    return found | (_amd(kernel.asm["amdgcn"]) if backend == "hip" else _nvidia(kernel.asm))
+
+
+def _amd(text: str) -> dict[str, int]:
+    accesses = re.findall(r"(?:global|buffer|flat)_(load|store)_(\w+)", text)
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
+        "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),
+        "wide_loads": sum(kind == "load" and width == "dwordx4" for kind, width in accesses),
+        "wide_stores": sum(kind == "store" and width == "dwordx4" for kind, width in accesses),
+        "narrow": sum(width != "dwordx4" for _, width in accesses),
+    }
+
+
+def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        said = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    accesses = re.findall(r"\b(ld|st)\.global((?:\.[\w:]+)*)", asm["ptx"])
+    wide = [kind for kind, how in accesses if ".v4.b32" in how or ".v2.b64" in how]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", said)[1]),
+        "spills": int(re.search(r"STACK:(\d+)", said)[1]) + int(re.search(r"LOCAL:(\d+)", said)[1]),
+        "wide_loads": wide.count("ld"),
+        "wide_stores": wide.count("st"),
+        "narrow": len(accesses) - len(wide),
+    }
+
+
+def instantiations(
+    target: str, dtypes: Sequence[str], option_sets: Sequence[str]
+) -> dict[str, tuple[list[dict[str, Any]], Launch]]:
+    """The different builds behind every divergence, dtype, vocabulary and set of options."""
+    found: dict[str, tuple[list[dict[str, Any]], Launch]] = {}
+    for divergence in TABLE:
+        for dtype in dtypes:
+            for vocab in VOCABULARIES:
+                for options in option_sets:
+                    for launch in launches_of(target, divergence, dtype, vocab, options):
+                        warps = launch.options.get("num_warps", 4)
+                        key = f"{launch.kernel.fn.__name__} {specialised(launch)} {warps}"
+                        case = {
+                            "kernel": launch.kernel.fn.__name__, "divergence": divergence, "dtype": dtype,
+                            "vocab": vocab, "options": options,
+                            "mode": launch.options.get("MODE"), "whole": launch.options.get("WHOLE"),
+                        }  # fmt: skip
+                        found.setdefault(key, ([], launch))[0].append(case)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Builds everything for the targets; prints a table, or a JSON line for each build."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks builds", description=__doc__)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16", "fp32"])
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--json", action="store_true", help="a line for each build, and no file")
+    options = parser.parse_args(arguments)
+    builds: list[dict[str, Any]] = []
+    for target in options.targets:
+        for cases, launch in instantiations(target, options.dtypes, options.options).values():
+            case = {
+                **cases[0],
+                "vocab": sorted({c["vocab"] for c in cases}),
+                "options": sorted({c["options"] for c in cases}),
+                "target": target,
+            }
+            builds.append(case | build(launch, target))
+            if options.json:
+                print(json.dumps(builds[-1]), flush=True)
+    if options.json:
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
