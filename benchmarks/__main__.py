@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = {"logits": "the losses on logits: time, bandwidth, page faults, peak memory, error"}
+BENCHMARKS = {
+    "logits": "the losses on logits: time, bandwidth, page faults, peak memory, error",
+    "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
+}
 
 
 def main(arguments: list[str]) -> int:
