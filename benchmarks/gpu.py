@@ -635,7 +635,7 @@ def why_not() -> str | None:
         built = "CUDA" if torch.version.cuda else "ROCm" if torch.version.hip else "CPUs"
         return (
             f"there is no GPU here: torch.cuda.is_available() is False (torch {torch.__version__}, a build "
-            f"for {built}). Run this on a machine with an NVIDIA or AMD GPU and a torch that is built for it; "
+            f"for {built}). Run this on a machine with an NVIDIA or AMD GPU, with a torch built for it; "
             "'make bench' measures the CPU"
         )
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):

@@ -211,8 +211,8 @@ def notes(document: dict[str, Any]) -> list[str]:
         f"{env['device']}, torch {env['torch']}{toolkit}, triton {env['triton']}, {peers}.",
         "Forward + backward by device events, the second-level cache overwritten before each call; the "
         "device is kept busy while the host queues it. Interleaved with a copy in one process, "
-        f"{settings['min_rounds']} rounds or more, or what fits in {settings['max_seconds']:.0f} s; spread is "
-        "the interquartile range over median. GB/s and shares are of median times.",
+        f"{settings['min_rounds']} rounds or more, or what fits in {settings['max_seconds']:.0f} s; spread "
+        "is the interquartile range over median. GB/s and shares are of median times.",
         "GB/s counts 2 reads + 1 write of [N, V] (the forward alone: 2 reads), whatever a contestant really "
         f"moves. The copy is of {settings['copy_bytes'] / 2**20:.0f} MiB; what it reads and writes counts.",
         "Host ms is what a step keeps the host busy with an idle device: where it is more than the time, a "

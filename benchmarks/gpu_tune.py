@@ -86,14 +86,23 @@ def with_pair(pair: Pair, run: Callable[[int], object]) -> Callable[[int], objec
 
 
 def tune_case(
-    case: Case, inputs: Inputs, ceiling: bench.Contestant, clock: Clock, settings: gpu.Settings
+    case: Case,
+    inputs: Inputs,
+    ceiling: bench.Contestant,
+    clock: Clock,
+    settings: gpu.Settings,
+    now: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """The times of all pairs on one case, those that fail or are wrong among them, as a JSON object."""
+    """The times of all pairs on one case, those that fail or are wrong among them, as a JSON object.
+
+    `now` is told what is at work.
+    """
     device = torch.device(settings.device)
     loss: LossFn = build(METHOD, OBJECTIVES[case.objective])
     problems: dict[str, str] = {}
     runs = []
     for pair in pairs(case.vocab):
+        now(str(pair))
         with tuned(pair) as asked:
             found = gpu.compare(loss, inputs, case)
         if found.problem is None and not asked[0]:
@@ -112,6 +121,7 @@ def tune_case(
         min_seconds=settings.min_seconds,
         max_seconds=settings.max_seconds,
         max_rounds=200,
+        on_round=lambda number: now("timing"),
     )
     copy = gpu.figures(timings.get(ceiling.name), 2 * settings.copy_bytes)
     bandwidth = None if copy is None else copy["gb_per_s"]
@@ -149,7 +159,10 @@ def tune_process(send: Callable[[Any], None], plan: list[Case], settings: gpu.Se
             gpu.release(device)
             inputs = gpu.make_inputs(case, device)
         assert inputs is not None
-        send((case, tune_case(case, inputs, ceiling, clock, settings)))
+        result = tune_case(
+            case, inputs, ceiling, clock, settings, now=lambda what, case=case: send(("now", case, what))
+        )
+        send(("case", case, result))
 
 
 def rows_of(result: dict[str, Any]) -> list[list[str]]:
@@ -185,21 +198,19 @@ def main(options: argparse.Namespace, device: torch.device, command: Sequence[st
     results: dict[Case, dict[str, Any]] = {}
     progress = bench.Progress()
 
-    def receive(message: tuple[Case, dict[str, Any]]) -> None:
-        case, results[case] = message
-        progress.step(str(case))
+    def receive(message: tuple[str, Case, Any]) -> None:
+        kind, case, what = message
+        if kind == "now":
+            progress.step(f"{case} {what}", 0)
+        else:
+            results[case] = what
+            progress.step(str(case))
 
     stopped = None
     with progress.phase("tuning", len(plan)):
         try:
-            # All the pairs of a case are silent together.
             bench.run_isolated(
-                tune_process,
-                plan,
-                settings,
-                on_message=receive,
-                preload=gpu.PRELOAD,
-                patience=4 * gpu.PATIENCE,
+                tune_process, plan, settings, on_message=receive, preload=gpu.PRELOAD, patience=gpu.PATIENCE
             )
         except bench.ProcessDied as error:
             stopped = last_line(str(error))
