@@ -24,7 +24,7 @@ import benchmarks.__main__
 from benchmarks import cases, eager, gpu, gpu_report, gpu_tune, liger
 from benchmarks.cases import Case, Method
 from kdkernels import bench, tuning
-from kdkernels.bench.timing import WallClock, repeats_for
+from kdkernels.bench.timing import CudaClock, WallClock, repeats_for
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -170,6 +170,36 @@ def test_the_cache_is_overwritten_for_as_long_as_the_host_needs() -> None:
     assert repeats_for(2e-3, 1e-4) == 20
     assert repeats_for(2e-3, 1.0) == 1
     assert repeats_for(2e-3, 0.0) == 200
+
+
+def test_the_device_is_busy_before_the_call_and_timed_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    did: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            did.append("record")
+
+        def synchronize(self) -> None:
+            did.append("synchronize")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 0.5  # milliseconds
+
+    class Memory:
+        def zero_(self) -> None:
+            did.append("overwrite")
+
+    properties = types.SimpleNamespace(L2_cache_size=50_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: Memory() if size == 2**28 else None)
+    clock = CudaClock(CPU, lead=2e-3)
+    did.clear()
+    assert clock.measure(lambda number: did.append(f"run {number}"), 7) == (0.5e-3, None)
+    assert did == [*["overwrite"] * 4, "record", "run 7", "record", "synchronize"]
 
 
 def test_the_copy_copies_what_it_counts() -> None:
