@@ -5,9 +5,11 @@
 #   make test    the tests
 #   make check   lint, format, types
 #   make bench   the losses measured on this machine
+#   make gpu     the tests that need a GPU and the losses measured on it: with $(PYTHON) itself, which needs
+#                torch, Triton, pytest and hypothesis; nothing is installed
 #   make clean   remove .venv and whatever was built
 #
-# ARGS="..." passes options on, PYTHON=python3.12 picks the Python that .venv is made with.
+# ARGS="..." passes options on, PYTHON=python3.12 picks the Python that .venv is made with, or make gpu runs.
 
 PYTHON ?= python3
 ARGS ?=
@@ -22,7 +24,7 @@ CSRC := $(shell find csrc -type f)
 # knows of one, since a local version sorts above the plain one.
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench setup clean
+.PHONY: demo test check bench gpu setup clean
 
 demo: $(READY)
 	$(VENV)/bin/kdkernels demo $(ARGS)
@@ -39,6 +41,12 @@ check: $(READY)
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks logits $(ARGS)
+
+# Not in .venv: torch there is a CPU build, and a machine with a GPU has one that fits it. What is slow or wrong
+# is measured all the same when a test fails, and make fails in the end.
+gpu:
+	@$(PYTHON) -m benchmarks gpu --probe
+	@$(PYTHON) -m pytest -m gpu -q; tests=$$?; $(PYTHON) -m benchmarks gpu $(ARGS) && exit $$tests
 
 setup: $(READY)
 

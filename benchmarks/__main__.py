@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHMARKS = {"logits": "the losses on logits: time, bandwidth, page faults, peak memory, error"}
+BENCHMARKS = {
+    "logits": "the losses on logits: time, bandwidth, page faults, peak memory, error",
+    "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -18,7 +21,17 @@ def main(arguments: list[str]) -> int:
             file=sys.stdout if asked else sys.stderr,
         )
         return 0 if asked else 2
-    module = importlib.import_module(f"benchmarks.{arguments[0]}")
+    try:
+        module = importlib.import_module(f"benchmarks.{arguments[0]}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        print(
+            f"python -m benchmarks {arguments[0]} needs torch, which {sys.executable} doesn't have; run it "
+            "with a Python that does (make: PYTHON=...)",
+            file=sys.stderr,
+        )
+        return 2
     return int(module.main(arguments[1:]))
 
 

@@ -16,7 +16,7 @@ be faster and wrong, and logits that are upcast twice have their two gradients a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -247,7 +247,7 @@ def truth(
     hard_weight: float,
     rows: int = 32,
 ) -> tuple[float, Tensor]:
-    """The mean loss and its gradient in fp64, from the definitions and plain autograd, `rows` rows at a time.
+    """The mean loss and its gradient in fp64, from the definitions and plain autograd, on the CPU.
 
     Args:
         divergence: A key of `SPELLINGS`.
@@ -261,13 +261,35 @@ def truth(
     Returns:
         The loss, and the gradient `[N, V]` in fp64 on the CPU.
     """
-    count = z.shape[0]
     total, gradient = 0.0, torch.empty(z.shape, dtype=torch.float64)
+    parts = truth_parts(divergence, z, v, labels, temperature, hard_weight, rows, torch.device("cpu"))
+    for part, loss, part_gradient in parts:
+        gradient[part] = part_gradient
+        total += loss.item()
+    return total, gradient
+
+
+def truth_parts(
+    divergence: str,
+    z: Tensor,
+    v: Tensor,
+    labels: Tensor,
+    temperature: float,
+    hard_weight: float,
+    rows: int,
+    device: torch.device,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """What `truth` puts together, `rows` rows at a time, computed on `device`.
+
+    Yields:
+        The rows, what they add to the mean loss (0-d), and their part of its gradient.
+    """
+    count = z.shape[0]
     for start in range(0, count, rows):
         part = slice(start, start + rows)
-        wide = z[part].detach().double().cpu().requires_grad_()
+        wide = z[part].detach().double().to(device).requires_grad_()
         lq = F.log_softmax(wide / temperature, -1)
-        lp = F.log_softmax(v[part].detach().double().cpu() / temperature, -1)
+        lp = F.log_softmax(v[part].detach().double().to(device) / temperature, -1)
         p, q = lp.exp(), lq.exp()
         if divergence == "forward_kl":
             soft = p * (lp - lq)
@@ -282,8 +304,7 @@ def truth(
             raise ValueError(f"divergence must be one of {', '.join(SPELLINGS)}, got {divergence!r}")
         loss = soft.sum() * temperature**2
         if hard_weight:
-            loss = loss + hard_weight * F.cross_entropy(wide, labels[part].cpu(), reduction="sum")
+            loss = loss + hard_weight * F.cross_entropy(wide, labels[part].to(device), reduction="sum")
         loss = loss / count
-        (gradient[part],) = torch.autograd.grad(loss, wide)
-        total += loss.item()
-    return total, gradient
+        (gradient,) = torch.autograd.grad(loss, wide)
+        yield part, loss.detach(), gradient

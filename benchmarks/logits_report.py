@@ -193,16 +193,18 @@ def _target(
         met = value is not None and value <= bound * 1.05
     elif value is not None and any(is_busy(c) for c in cases):
         met = None
-    return Target(name, f"{relation} {_number(bound)}", measured, where, met)
+    return Target(name, f"{relation} {number(bound)}", measured, where, met)
 
 
-def _number(value: float | None, missing: str = "not measured") -> str:
+def number(value: float | None, missing: str = "not measured") -> str:
+    """Three digits."""
     if value is None:
         return missing
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in per cent, without decimals."""
     return "" if value is None else f"{100 * value:.0f} %"
 
 
@@ -220,9 +222,9 @@ def target_rows(found: list[Target]) -> list[list[str]]:
             t.name,
             t.where,
             t.asked,
-            _number(t.measured["best"]),
-            _number(t.measured["median"], ""),
-            _number(t.measured["raised"], ""),
+            number(t.measured["best"]),
+            number(t.measured["median"], ""),
+            number(t.measured["raised"], ""),
             "" if t.asked == SHOWN else {True: "yes", False: "NO", None: "machine busy"}[t.met],
         ]
         for t in found
@@ -269,10 +271,10 @@ def _time_cells(times: dict[str, Any] | None, full: bool) -> list[str]:
     if times is None:
         return [""] * (6 if full else 3)
     faults = "" if times["page_faults"] is None else f"{times['page_faults']:.0f}"
-    cells = [_number(times["best_ms"])]
+    cells = [number(times["best_ms"])]
     if full:
-        cells += [_number(times["median_ms"]), _percent(times["spread"]), _number(times["gb_per_s"])]
-    return [*cells, _percent(times["triad_share"]), faults]
+        cells += [number(times["median_ms"]), percent(times["spread"]), number(times["gb_per_s"])]
+    return [*cells, percent(times["triad_share"]), faults]
 
 
 def notes(document: dict[str, Any]) -> list[str]:

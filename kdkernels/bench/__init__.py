@@ -6,7 +6,7 @@ Needs nothing but torch; rich, where it is installed, draws the progress bars an
 from .isolated import ProcessDied, run_isolated
 from .memory import Peak, page_faults, peak_growth, raise_malloc_thresholds
 from .report import Progress, environment, markdown_table, print_table, write_json
-from .roofline import gigabytes_per_second, input_sets, tensor_bytes, traffic_bytes, triad
+from .roofline import copy, gigabytes_per_second, input_sets, tensor_bytes, traffic_bytes, triad
 from .timing import Contestant, Neighbours, Timing, clock_for, race
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Progress",
     "Timing",
     "clock_for",
+    "copy",
     "environment",
     "gigabytes_per_second",
     "input_sets",

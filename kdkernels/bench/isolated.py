@@ -14,7 +14,7 @@ _lock = threading.Lock()
 
 
 class ProcessDied(RuntimeError):
-    """The process ended without a result: it raised, or it was killed."""
+    """The process ended without a result: it raised, it was killed, or it was stuck."""
 
 
 def run_isolated(
@@ -22,6 +22,7 @@ def run_isolated(
     *args: Any,
     on_message: Callable[[Any], None] | None = None,
     preload: Sequence[str] = (),
+    patience: float | None = None,
 ) -> Any:
     """Runs `function(send, *args)` in a fresh process and returns its result.
 
@@ -35,12 +36,15 @@ def run_isolated(
         *args: Its other arguments.
         on_message: Receives what the function sends, in the calling thread.
         preload: Modules that the server imports; only the first call's count.
+        patience: Seconds that the function may go without a message before it counts as stuck and is ended;
+            None waits for ever.
 
     Returns:
         What the function returned.
 
     Raises:
-        ProcessDied: With the traceback of the process, or the signal that killed it.
+        ProcessDied: With the traceback of the process, the signal that killed it, or how long it said
+            nothing.
     """
     with _lock:
         if "forkserver" in multiprocessing.get_all_start_methods():
@@ -55,6 +59,8 @@ def run_isolated(
         sending.close()
     try:
         while True:
+            if patience is not None and not receiving.poll(patience):
+                raise ProcessDied(f"{function.__name__} said nothing for {patience:.0f} s and was ended")
             try:
                 kind, value = receiving.recv()
             except EOFError:
@@ -73,7 +79,10 @@ def run_isolated(
         receiving.close()
         if process.is_alive():
             process.terminate()
-            process.join()
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join(10)
 
 
 def _child(sending: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

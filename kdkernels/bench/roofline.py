@@ -1,4 +1,7 @@
-"""What a machine can do at best, measured in the same run: the triad, and the bytes that a loss must move."""
+"""What a machine can do at best, measured in the same run, and the bytes that a loss must move.
+
+On a CPU that is the triad, on a GPU a copy.
+"""
 
 from __future__ import annotations
 
@@ -104,6 +107,13 @@ def triad(sources: list[tuple[Tensor, Tensor]], scale: float = 0.5) -> list[Cont
         Contestant(f"triad add, factor 1{label}", _scaled_add(pairs, out, 1.0)),
         Contestant(f"triad mul{label}", _product(pairs, out)),
     ]
+
+
+def copy(size: int, device: torch.device) -> Contestant:
+    """A contestant that copies `size` bytes on the device: 2 · `size` over its time is the copy bandwidth."""
+    source = torch.zeros(size, dtype=torch.int8, device=device)
+    out = torch.zeros_like(source)
+    return Contestant("copy", lambda number: out.copy_(source))
 
 
 def _scaled_add(inputs: list[tuple[Tensor, Tensor]], out: Tensor, scale: float) -> Callable[[int], object]:
