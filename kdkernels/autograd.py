@@ -8,6 +8,7 @@ applied first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,13 +42,20 @@ class KDFunction(torch.autograd.Function):
         """One pass over the rows."""
         keep = what_to_keep(student.dtype)
         loss, stats, kept = backend.forward(call, keep)
-        KDFunction.save(ctx, call, keep, kept, backend)
+        KDFunction.save(ctx, call, keep, kept, backend, Call._make)
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
-    def save(ctx: Any, call: Call, keep: str, kept: Tensor | None, backend: Any) -> None:
+    def save(
+        ctx: Any,
+        inputs: tuple[Any, ...],
+        keep: str,
+        kept: Tensor | None,
+        backend: Any,
+        rebuild: Callable[[list[Any]], tuple[Any, ...]] = tuple,
+    ) -> None:
         """Saves what backward needs: the gradient, or where there is none yet, the inputs and the rows' state.
 
         Apart from `forward`, since a custom op wants it so. torch takes it apart too where it is called
@@ -59,8 +67,7 @@ class KDFunction(torch.autograd.Function):
         if not ctx.recompute:
             ctx.save_for_backward(kept)
             return
-        *arguments, ctx.spec, ctx.classes = call
-        arguments.append(kept)
+        arguments, ctx.rebuild = [*inputs, kept], rebuild
         # A tensor is saved as one, so that a later write to it is noticed. Autograd refuses those made under
         # inference_mode; they are kept as they are, like a number of items.
         saved = [x if isinstance(x, Tensor) and not x.is_inference() else None for x in arguments]
@@ -79,11 +86,8 @@ class KDFunction(torch.autograd.Function):
                 "number of times"
             )
         if ctx.recompute:
-            *arguments, state = (
-                x if y is None else y for x, y in zip(ctx.kept, ctx.saved_tensors, strict=True)
-            )
-            call = Call._make([*arguments, ctx.spec, ctx.classes])
-            gradient = ctx.backend.gradient(upstream, call, state)
+            arguments = [x if y is None else y for x, y in zip(ctx.kept, ctx.saved_tensors, strict=True)]
+            gradient = ctx.backend.gradient(upstream, ctx.rebuild(arguments[:-1]), arguments[-1])
         else:
             (saved,) = ctx.saved_tensors
             gradient = ctx.backend.scale(saved, upstream, in_place=not _graph_is_kept())

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import reference, registry
+from . import ops, reference, registry
 from .autograd import run_fused
 from .caller import warn_once
 from .divergences import Parametrised
 from .sources import Logits, PostProcessing, unwrap
-from .spec import Call, LossSpec, make_spec
+from .spec import Call, LossSpec, make_spec, new_spec
 
 Source = Tensor | Logits
 Reduction = Literal["mean", "sum", "none"]
@@ -275,6 +275,9 @@ def check_options(options: dict[str, Any]) -> None:
 
 def _spec(options: dict[str, Any], student: PostProcessing, teacher: PostProcessing, stats: bool) -> LossSpec:
     values = [options[name] for name in _SPEC_OPTIONS]
+    if torch.compiler.is_compiling():
+        # A record that is looked up would make a constant of every number.
+        return new_spec(*values, student, teacher, stats)
     try:
         return make_spec(*values, student, teacher, stats)
     except TypeError as error:
@@ -294,6 +297,11 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
+    if torch.compiler.is_compiling():
+        if registry.is_fused(backend, call.spec.divergence, call.student.device.type):
+            return ops.kd_loss(call, backend)
+        # Plain torch, which the compiler fuses itself.
+        return reference.kd_loss(call)
     chosen = registry.choose(backend, call.spec, call.student, call.teacher)
     if chosen.name == "reference":
         return reference.kd_loss(call)

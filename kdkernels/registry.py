@@ -20,8 +20,11 @@ class Backend(Protocol):
     def available(self, device: torch.device) -> str | None:
         """Whether it can run on this machine for tensors on this device."""
 
+    def knows(self, divergence: str) -> str | None:
+        """Whether it has this row of the table."""
+
     def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
-        """Whether it can compute this loss on these tensors."""
+        """Whether it can compute a loss of a divergence that it knows on these tensors."""
 
 
 class _Absent:
@@ -33,6 +36,9 @@ class _Absent:
     def available(self, device: torch.device) -> str | None:
         return "not in this version of kdkernels"
 
+    def knows(self, divergence: str) -> str | None:
+        return None
+
     def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
         return None
 
@@ -41,6 +47,9 @@ class _Reference:
     name = "reference"
 
     def available(self, device: torch.device) -> str | None:
+        return None
+
+    def knows(self, divergence: str) -> str | None:
         return None
 
     def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
@@ -54,15 +63,48 @@ BACKENDS: dict[str, Backend] = {
 
 def reason(backend: Backend, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
     """Why a backend can't run a call, or None where it can."""
-    return backend.available(student.device) or backend.supports(spec, student, teacher)
+    return (
+        backend.available(student.device)
+        or backend.knows(spec.divergence)
+        or backend.supports(spec, student, teacher)
+    )
+
+
+def why_unfused(spec: LossSpec, student: Tensor, teacher: Tensor) -> str:
+    """Why no fused backend runs a call, each in its own words."""
+    reasons = {b.name: reason(b, spec, student, teacher) for b in BACKENDS.values()}
+    return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
+
+
+@torch.compiler.assume_constant_result
+def is_fused(name: str | None, divergence: str, device: str) -> bool:
+    """Whether a call is for a fused backend, as far as can be told before there are tensors."""
+    if name is not None:
+        return get(name).name != "reference"
+    return any(
+        b.available(torch.device(device)) is None and b.knows(divergence) is None
+        for b in BACKENDS.values()
+        if b.name != "reference" and not _only_by_name(b, device)
+    )
+
+
+def get(name: str) -> Backend:
+    """The backend of a name."""
+    backend = BACKENDS.get(name)
+    if backend is None:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return backend
+
+
+def _only_by_name(backend: Backend, device: str) -> bool:
+    # Interpreted kernels are for tests.
+    return (backend.name, device) == ("triton", "cpu")
 
 
 def choose(name: str | None, spec: LossSpec, student: Tensor, teacher: Tensor) -> Backend:
     """The backend that runs a call: the named one or an error, else the first that can."""
     if name is not None:
-        backend = BACKENDS.get(name)
-        if backend is None:
-            raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+        backend = get(name)
         why = reason(backend, spec, student, teacher)
         if why is not None:
             raise RuntimeError(
@@ -70,15 +112,14 @@ def choose(name: str | None, spec: LossSpec, student: Tensor, teacher: Tensor) -
                 "kd.explain says which"
             )
         return backend
-    if student.device.type == "cpu" and cpu.BACKEND.available(student.device) is None:
-        return cpu.BACKEND
-    reasons = {b.name: reason(b, spec, student, teacher) for b in BACKENDS.values()}
-    # Interpreted kernels are for tests: they run where they are named.
-    able = [n for n, why in reasons.items() if why is None and (n, student.device.type) != ("triton", "cpu")]
-    chosen = BACKENDS[able[0]]
     device = student.device.type
+    chosen = next(
+        b
+        for b in BACKENDS.values()
+        if not _only_by_name(b, device) and reason(b, spec, student, teacher) is None
+    )
     if chosen.name == "reference" and device != "meta":
-        why = "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
+        why = why_unfused(spec, student, teacher)
         warn_once(
             f"unfused on {device}",
             f"kdkernels runs unfused, on backend='reference', for {device} tensors ({why})",

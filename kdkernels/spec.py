@@ -12,6 +12,10 @@ from torch import Tensor
 from .divergences import Parametrised, resolve
 
 REDUCTIONS = ("mean", "sum", "none")
+STATS = 7  # figures of `KDStats`
+# Numbers a row that a backend may keep for backward instead of a gradient: references and log-sum-exps of z
+# and v over T, log-sum-exp of z at T = 1, the sum of g.
+STATE_ROWS = 6
 
 
 # Compared by identity, which is cheap as a key: `make_spec` gives the same record for the same options.
@@ -64,14 +68,12 @@ class Call(NamedTuple):
 def _finite(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 
 
-# A training loop asks for the same record at every step; a schedule of temperatures asks for many, once each.
-@lru_cache(maxsize=256, typed=True)
-def make_spec(
+def new_spec(
     divergence: str | Parametrised,
     temperature: float,
     t_squared: bool,
@@ -109,3 +111,7 @@ def make_spec(
         teacher_softcap=float(teacher[1] or 0.0),
         stats=stats,
     )
+
+
+# A training loop asks for the same record at every step; a schedule of temperatures asks for many, once each.
+make_spec = lru_cache(maxsize=256, typed=True)(new_spec)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import tuning
 from ..layout import common_rows
 from ..reference import label_error
-from ..spec import REDUCTIONS, Call, LossSpec
+from ..spec import REDUCTIONS, STATS, Call, LossSpec
 
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
@@ -24,7 +24,6 @@ _MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2}
 _MAX_DIMS = 8
 # After n dimensions, the zeros that fill the record up.
 _PADDING = tuple((0,) * (_MAX_DIMS - n) for n in range(_MAX_DIMS + 1))
-_STATS = 7
 _OK, _NO_MEMORY = -1, -2
 
 # KdOptions and KdCall of kd_cpu.cpp, field by field.
@@ -56,10 +55,14 @@ class CpuBackend:
             return f"runs on CPU tensors, these are on {device.type}"
         return self._library.missing
 
-    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
+    def knows(self, divergence: str) -> str | None:
         """None where the library has the divergence, else why not."""
-        if self._library.number(spec.divergence) < 0:
-            return f"has no C++ expression of the divergence {spec.divergence!r}"
+        if self._library.number(divergence) < 0:
+            return f"has no C++ expression of the divergence {divergence!r}"
+        return None
+
+    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
+        """None: whatever it knows, of any shape."""
         return None
 
     def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -69,7 +72,7 @@ class CpuBackend:
         R = torch.float64 if wide else torch.float32
         leading = student.shape[:-1]
         loss = torch.empty(leading if spec.reduction == "none" else (), dtype=R)
-        stats = torch.empty(_STATS, dtype=torch.float64) if spec.stats else None
+        stats = torch.empty(STATS, dtype=torch.float64) if spec.stats else None
         gradient = torch.empty(student.shape, dtype=student.dtype) if keep == "gradient" else None
         mode = "loss" if gradient is None else "gradient"
         self._run(mode, call, gradient=gradient, loss=loss, stats=stats)

@@ -42,8 +42,12 @@ class TritonBackend:
             return f"runs on {' and '.join(DEVICES)} tensors, these are on {device.type}"
         return self._missing
 
-    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
+    def knows(self, divergence: str) -> str | None:
         """None: whatever the table of divergences has."""
+        return None
+
+    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
+        """None: of any shape."""
         return None
 
     def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:

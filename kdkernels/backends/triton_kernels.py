@@ -24,7 +24,7 @@ from .. import tuning
 from ..divergences import TABLE, Closed, Divergence
 from ..layout import common_rows
 from ..reference import label_error
-from ..spec import Call
+from ..spec import STATE_ROWS, STATS, Call
 from . import triton_math
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -36,7 +36,6 @@ LOSS, GRADIENT, STATE, SCALED_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.co
 NO_HARD, SHARED_HARD, OWN_HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What a mean divides by: a number, a tensor, the count of the rows.
 NUMBER, TENSOR, COUNT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-STATE_ROWS = 6  # references and log-sum-exps of z and v; log-sum-exp of z at T = 1; the sum of g
 FIGURES = tl.constexpr(8)  # a row's loss, soft term, hard term, two entropies, agreement, accuracy, labelled
 
 
@@ -506,7 +505,7 @@ def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None
     elif keep == "state":
         kept = torch.empty(STATE_ROWS, rows, dtype=R, device=device)
     loss = None if spec.reduction == "none" else torch.empty((), dtype=R, device=device)
-    stats = torch.empty(FIGURES.value - 1, dtype=R, device=device) if spec.stats else None
+    stats = torch.empty(STATS, dtype=R, device=device) if spec.stats else None
     items = count_items(call)
     with _launching(student):
         launch(
@@ -514,7 +513,7 @@ def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None
             state=kept if keep == "state" else None,
         )  # fmt: skip
         if loss is not None or stats is not None:
-            total_kernel[(FIGURES.value - 1 if spec.stats else 1,)](
+            total_kernel[(STATS if spec.stats else 1,)](
                 figures, loss, stats, *items.arguments[:2], rows, items.arguments[2],
                 LOSS_MEAN=spec.reduction == "mean", STATS_MEAN=spec.reduction != "sum", **items.constants,
                 STATS=spec.stats, BLOCK=ROWS_AT_ONCE, num_warps=8,

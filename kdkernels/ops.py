@@ -1,0 +1,151 @@
+"""The fused losses as operators of torch: what torch.compile and torch.export have in their graphs, one node each.
+
+Schemas are functional and carry a version. No number that may vary is in one, since it would be compiled in:
+temperature, weights and parameters travel in one float64 tensor on the CPU, where reading them waits for
+nothing. Which fused backend runs is decided when the node runs, by the tensors that it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .autograd import KDFunction, what_to_keep
+from .reference import compute_dtype
+from .spec import STATE_ROWS, STATS, Call, LossSpec
+
+_ARGUMENTS = (
+    "Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? token_weights, Tensor? num_items, "
+    "Tensor options, str divergence, int ignore_index, str reduction, bool stats, SymInt classes, str keep, "
+    "str? backend"
+)
+# kept: the gradient, the rows' state or nothing, as `keep` says; figures: those of KDStats, or nothing.
+torch.library.define(
+    "kdkernels::kd_loss_v1", f"({_ARGUMENTS}) -> (Tensor loss, Tensor figures, Tensor kept)"
+)
+torch.library.define(
+    "kdkernels::kd_gradient_v1", f"(Tensor upstream, {_ARGUMENTS}, Tensor state) -> Tensor"
+)
+_INPUTS = _ARGUMENTS.count(",") + 1
+
+
+def kd_loss(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
+    """The loss and stats of a fused backend as a node of the graph that is being made."""
+    student, teacher, labels, mask, token_weights, num_items, spec, classes = call
+    trained = student.requires_grad and torch.is_grad_enabled()
+    tensor, number = (num_items, -1.0) if isinstance(num_items, Tensor) else (None, num_items)
+    loss, figures, _ = torch.ops.kdkernels.kd_loss_v1(
+        student, teacher, labels, mask, token_weights, tensor, _pack(spec, -1.0 if number is None else number),
+        spec.divergence, spec.ignore_index, spec.reduction, spec.stats, classes,
+        what_to_keep(student.dtype) if trained else "nothing", backend,
+    )  # fmt: skip
+    return loss, figures if spec.stats else None
+
+
+def _pack(spec: LossSpec, num_items: float) -> Tensor:
+    # Products, since those are what the compiler keeps variable of a Python number.
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    numbers = (
+        spec.temperature, spec.t_factor, spec.soft_weight, spec.hard_weight,
+        spec.student_scale, spec.student_softcap, spec.teacher_scale, spec.teacher_softcap,
+        num_items, *spec.params,
+    )  # fmt: skip
+    return torch.stack([one * number for number in numbers])
+
+
+def _unpack(inputs: tuple[Any, ...]) -> tuple[Call, Any]:
+    """The call of a node, and the backend that runs it."""
+    *tensors, num_items, options, divergence, ignore_index, reduction, stats, classes, _, backend = inputs
+    *numbers, given = options.tolist()[:9]
+    spec = _spec(
+        divergence, tuple(options.tolist()[9:]), *numbers[:4], ignore_index, reduction, *numbers[4:], stats
+    )
+    if num_items is None and given >= 0:
+        num_items = given
+    call = Call(*tensors, num_items, spec, classes)
+    chosen = registry.choose(backend, spec, call.student, call.teacher)
+    if chosen.name == "reference":
+        raise RuntimeError(
+            "this compiled loss was made for a fused backend and none can run it here: "
+            f"{registry.why_unfused(spec, call.student, call.teacher)}; compile it with backend='reference'"
+        )
+    return call, chosen
+
+
+# The same record for the same options: backends look up what they prepared for it.
+_spec = lru_cache(maxsize=256)(LossSpec)
+
+
+@torch.library.impl("kdkernels::kd_loss_v1", "CompositeExplicitAutograd")
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, backend = _unpack(inputs)
+    student, keep = call.student, inputs[-2]
+    loss, figures, kept = backend.forward(call, keep)
+    if kept is None:
+        # Of a backend that computes everything again; the graph was promised a shape.
+        rows = student.shape[:-1].numel()
+        kept = loss.new_zeros((STATE_ROWS, rows) if keep == "state" else (0,))
+    return loss, loss.new_empty(0) if figures is None else figures, kept
+
+
+@torch.library.register_fake("kdkernels::kd_loss_v1")
+def _forward_shapes(
+    student: Tensor, teacher: Tensor, labels: Any, mask: Any, token_weights: Any, num_items: Any,
+    options: Tensor, divergence: str, ignore_index: int, reduction: str, stats: bool, classes: int, keep: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    R, leading = compute_dtype(student, teacher), student.shape[:-1]
+    loss = student.new_empty(leading if reduction == "none" else (), dtype=R)
+    if keep == "gradient":
+        kept = student.new_empty(student.shape)
+    else:
+        kept = loss.new_empty((STATE_ROWS, math.prod(leading)) if keep == "state" else (0,))
+    return loss, loss.new_empty(STATS if stats else 0), kept
+
+
+@torch.library.impl("kdkernels::kd_gradient_v1", "CompositeExplicitAutograd")
+def _gradient(upstream: Tensor, *inputs: Any) -> Tensor:
+    *inputs, state = inputs
+    call, backend = _unpack(tuple(inputs))
+    return backend.gradient(upstream, call, state)
+
+
+@torch.library.register_fake("kdkernels::kd_gradient_v1")
+def _gradient_shape(upstream: Tensor, student: Tensor, *_: Any) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+class _Nodes:
+    """What backward asks of a backend, as nodes of a graph."""
+
+    name = "compiled"
+
+    @staticmethod
+    def gradient(upstream: Tensor, inputs: tuple[Any, ...], state: Tensor) -> Tensor:
+        return torch.ops.kdkernels.kd_gradient_v1(upstream, *inputs, state)
+
+    @staticmethod
+    def scale(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
+        # Never in place: the compiler decides what may share memory. Rows that don't count stay 0.
+        factor = upstream.unsqueeze(-1) if upstream.dim() else upstream
+        scaled = gradient.to(upstream.dtype) * factor
+        return torch.where(gradient == 0, 0.0, scaled).to(gradient.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, figures, kept = output
+    ctx.mark_non_differentiable(figures, kept)
+    KDFunction.save(ctx, inputs, inputs[-2], kept, _Nodes)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradient, *_ = KDFunction.backward(ctx, upstream)
+    return gradient, *[None] * (_INPUTS - 1)
+
+
+torch.library.register_autograd("kdkernels::kd_loss_v1", _backward, setup_context=_save)
