@@ -315,7 +315,7 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
     outside."""
     z, v, labels = logits(5, 70, dtype=dtype), logits(5, 70, dtype=dtype), labels_for(5, 70)
     loss, grad = our_result(z, v, labels, USUAL, backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(z.device.type, torch.bfloat16):
         inside = z.clone().requires_grad_()
         inside_loss = our_loss(inside, v, labels, USUAL, backend)
     inside_loss.backward()
@@ -326,7 +326,7 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
 def test_autocast_logits_of_a_model(backend: str) -> None:
     """bf16 logits out of an autocast linear layer, fp32 parameters below."""
     head, x, v = torch.nn.Linear(8, 70), torch.randn(5, 8), logits(5, 70)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(v.device.type, torch.bfloat16):
         z = head(x)
         loss = kd.kd_loss(z, v, temperature=2.0, backend=backend)
     loss.backward()
