@@ -72,6 +72,9 @@ if not torch.cuda.is_available():
 # Where each backend's tensors are.
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
+# For what only fused backends promise.
+fused = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
+
 # The same examples on every machine and in every run; `--hypothesis-profile explore` looks for new ones.
 COMMON = {
     "deadline": None,
