@@ -1,5 +1,9 @@
 """Suite-wide: uninitialised memory is NaN, two threads, backends that must be there, GPU tests skipped with
-their reason."""
+their reason.
+
+Triton's kernels run on a GPU where there is one, and there `pytest -m gpu` is all that needs it: the tests of
+`backend="triton"`, and those marked. Elsewhere they are interpreted, on CPU tensors, in this process alone.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,12 @@ import functools
 import importlib.util
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 # Before torch loads OpenMP: its idle threads spin, which on two busy cores made the suite ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Before Triton is imported, which then interprets its kernels, on CPU tensors; in this process alone.
-os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -23,14 +26,54 @@ from torch import Tensor
 
 import kdkernels as kd
 
-with contextlib.suppress(ImportError):
-    import triton
 
-    import kdkernels.backends.triton_kernels
+def tame(interpreter: Any) -> None:
+    """Make Triton's interpreter three times as fast, and let several threads launch, one after another.
 
-    triton.knobs.propagate_env = False
-    triton.knobs.runtime.interpret = True
-del os.environ["TRITON_INTERPRET"]
+    It searches `triton.language` for what it has to replace at every call of a function inside a kernel: once
+    a launch is enough. What it replaces and puts back is global, and so is the program's place in the grid.
+    """
+    launching = threading.Lock()
+    patch, launch = getattr(interpreter, "_patch_lang", None), interpreter.GridExecutor.__call__
+    patched: set[Any] = set()
+
+    def once(function: Any) -> Any:
+        if function in patched:
+            return None  # which a call inside a kernel ignores
+        patched.add(function)
+        return patch(function)
+
+    def alone(*args: Any, **kwargs: Any) -> None:
+        with launching:
+            patched.clear()
+            launch(*args, **kwargs)
+
+    if patch is not None:
+        interpreter._patch_lang = once
+    interpreter.GridExecutor.__call__ = alone
+
+
+# Whatever the shell says: a GPU that is here is what has to be tested.
+os.environ.pop("TRITON_INTERPRET", None)
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, and decides with every kernel that it meets.
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        import triton
+        from triton.runtime import interpreter
+
+        import kdkernels.backends.triton_kernels
+
+        triton.knobs.propagate_env = False
+        triton.knobs.runtime.interpret = True
+        tame(interpreter)
+    del os.environ["TRITON_INTERPRET"]
+
+# Where each backend's tensors are.
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+
+# For what only fused backends promise.
+fused = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 
 # The same examples on every machine and in every run; `--hypothesis-profile explore` looks for new ones.
 COMMON = {
@@ -47,12 +90,24 @@ settings.load_profile("kdkernels")
 torch.set_num_threads(2)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name xdist's marker where xdist, which has it, is not installed."""
+    config.addinivalue_line("markers", "xdist_group(name): tests that one process has to run")
+
+
+def device_of(item: Any) -> str:
+    """Where the tensors of a test are: on the CPU, unless its backend says otherwise."""
+    callspec = getattr(item, "callspec", None)
+    return DEVICES.get(callspec.params.get("backend"), "cpu") if callspec else "cpu"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
+    """Mark what runs on the GPU; skip what needs one where there is none."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if device_of(item) == "cuda":
+            item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False on this machine"))
 
 
@@ -73,6 +128,9 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _poison_uninitialised_memory() -> Iterator[None]:
+    # A default device applies to the functions that bore these names when it was first used.
+    with torch.device("cpu"):
+        torch.empty(0)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like", "empty_strided"):
             patch.setattr(torch, name, poisoned(getattr(torch, name)))
@@ -81,10 +139,15 @@ def _poison_uninitialised_memory() -> Iterator[None]:
         yield
 
 
+def interpreted(backend: str) -> bool:
+    """Whether a backend's kernels are interpreted here, which takes milliseconds a row."""
+    return backend == "triton" and DEVICES[backend] == "cpu"
+
+
 @functools.cache
 def why_not(backend: str) -> str | None:
     """Why a backend can't run here, in its own words; None if it can."""
-    logits = torch.zeros(1, 2)
+    logits = torch.zeros(1, 2, device=DEVICES[backend])
     return kd.explain(logits, logits).reasons[backend]
 
 
@@ -99,6 +162,14 @@ def backend(request: pytest.FixtureRequest) -> str:
             pytest.skip(f"no g++ to build it: {reason}")
         pytest.fail(f"backend {request.param!r} can't run here: {reason}")
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test makes is where its backend runs, so that tests name no device."""
+    device = device_of(request.node)
+    with contextlib.nullcontext() if device == "cpu" else torch.device(device):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from conftest import fused
 from tolerances import DIVERGENCES, DTYPES, assert_within_budget, check, keywords, our_loss, our_result
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -163,16 +164,17 @@ def test_logits_changed_before_backward(backend: str, dtype: torch.dtype) -> Non
 # Memory
 
 
+@fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_logits_can_die_after_forward(dtype: torch.dtype, reduction: str) -> None:
+def test_logits_can_die_after_forward(backend: str, dtype: torch.dtype, reduction: str) -> None:
     """The fused loss keeps one gradient and neither side's logits: their memory is gone before backward."""
     leaf, v = logits(5, 70, dtype=dtype, requires_grad=True), logits(5, 70, dtype=dtype)
     z = leaf * 1.0
     o = USUAL.but(reduction=reduction, hard_weight=0.0)
-    expected = our_result(z.detach(), v, None, o, "cpu")[1]
+    expected = our_result(z.detach(), v, None, o, backend)[1]
     storages = [StorageWeakRef(x.untyped_storage()) for x in (z, v)]
-    loss = our_loss(z, v, None, o, "cpu")
+    loss = our_loss(z, v, None, o, backend)
     del z, v
     gc.collect()
     assert [s.expired() for s in storages] == [True, True]
@@ -180,8 +182,9 @@ def test_logits_can_die_after_forward(dtype: torch.dtype, reduction: str) -> Non
     assert leaf.grad is not None and torch.equal(leaf.grad, expected)
 
 
+@fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_only_one_gradient_is_saved(dtype: torch.dtype) -> None:
+def test_only_one_gradient_is_saved(backend: str, dtype: torch.dtype) -> None:
     """Eager saves about eight tensors of [N, V]."""
     saved: list[Tensor] = []
     z, v, labels = (
@@ -190,7 +193,7 @@ def test_only_one_gradient_is_saved(dtype: torch.dtype) -> None:
         labels_for(50, 70),
     )
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        loss = our_loss(z, v, labels, USUAL, "cpu")
+        loss = our_loss(z, v, labels, USUAL, backend)
     assert sum(t.numel() * t.element_size() for t in saved) <= z.numel() * z.element_size() + 50 * 64
     loss.backward()
 
@@ -296,12 +299,13 @@ def test_second_order_on_the_reference(divergence: str | float) -> None:
     assert torch.autograd.gradgradcheck(lambda x: our_loss(x, v, labels, o, "reference"), z)
 
 
+@fused
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_second_order_elsewhere_names_the_reference(dtype: torch.dtype) -> None:
+def test_second_order_elsewhere_names_the_reference(backend: str, dtype: torch.dtype) -> None:
     """A gradient written by a kernel is a constant to autograd: a penalty on it would silently be one."""
     z, v = logits(3, 7, dtype=dtype, requires_grad=True), logits(3, 7, dtype=dtype)
     with pytest.raises(RuntimeError, match=r"backend=.reference."):
-        loss = kd.kd_loss(z, v, backend="cpu")
+        loss = kd.kd_loss(z, v, backend=backend)
         (grad,) = torch.autograd.grad(loss, z, create_graph=True)
         grad.float().square().sum().backward()
 
@@ -315,7 +319,7 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
     outside."""
     z, v, labels = logits(5, 70, dtype=dtype), logits(5, 70, dtype=dtype), labels_for(5, 70)
     loss, grad = our_result(z, v, labels, USUAL, backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(z.device.type, torch.bfloat16):
         inside = z.clone().requires_grad_()
         inside_loss = our_loss(inside, v, labels, USUAL, backend)
     inside_loss.backward()
@@ -326,7 +330,7 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
 def test_autocast_logits_of_a_model(backend: str) -> None:
     """bf16 logits out of an autocast linear layer, fp32 parameters below."""
     head, x, v = torch.nn.Linear(8, 70), torch.randn(5, 8), logits(5, 70)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(v.device.type, torch.bfloat16):
         z = head(x)
         loss = kd.kd_loss(z, v, temperature=2.0, backend=backend)
     loss.backward()
@@ -407,8 +411,9 @@ def test_gradients_add_up_over_losses(backend: str) -> None:
     torch.testing.assert_close(z.grad, 2 * parts[0] + parts[1], rtol=1e-6, atol=1e-8)
 
 
-def test_the_function_is_public() -> None:
+@fused
+def test_the_function_is_public(backend: str) -> None:
     """`kdkernels.autograd.KDFunction` is what eager calls use, by that name in the graph."""
     assert issubclass(KDFunction, torch.autograd.Function)
-    loss = kd.kd_loss(logits(2, 5, requires_grad=True), logits(2, 5), backend="cpu")
+    loss = kd.kd_loss(logits(2, 5, requires_grad=True), logits(2, 5), backend=backend)
     assert loss.grad_fn is not None and "KDFunction" in loss.grad_fn.name()

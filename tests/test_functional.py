@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import warnings
 from math import inf
 
 import pytest
 import torch
+from conftest import DEVICES, interpreted
 from tolerances import DIVERGENCES, DTYPES, check, eager_result, keywords, our_loss, our_result
 from torch import Tensor
 from truth import Options, truth
@@ -177,8 +179,8 @@ def test_classes_on_which_both_sides_agree(backend: str, divergence: str | float
 
 def test_subnormals_survive(backend: str) -> None:
     """A library linked with -ffast-math sets flush-to-zero in the thread that loads it, for all of torch."""
-    kd.kd_loss(*pair(300, 500), backend=backend)
-    tiny = torch.full((200_000,), 1e-40)
+    kd.kd_loss(*pair(3 if interpreted(backend) else 300, 500), backend=backend)
+    tiny = torch.full((200_000,), 1e-40, device="cpu")
     assert (tiny * 1.0 == tiny).all() and (tiny > 0).all()
 
 
@@ -186,11 +188,14 @@ def test_subnormals_survive(backend: str) -> None:
 def test_rows_more_than_two_to_the_31_elements_apart(backend: str, side: str) -> None:
     """row * stride overflows an int32 there.
 
-    The memory is reserved but, apart from two rows, never touched.
+    On a CPU the memory is reserved but, apart from two rows, never touched.
     """
     stride, vocab = 2**31 + 64, 40
-    reserved = mmap.mmap(-1, 2 * (stride + vocab))
-    far = torch.frombuffer(reserved, dtype=torch.bfloat16).as_strided((2, vocab), (stride, 1))
+    if DEVICES[backend] == "cpu":
+        reserved = torch.frombuffer(mmap.mmap(-1, 2 * (stride + vocab)), dtype=torch.bfloat16)
+    else:
+        reserved = torch.empty(stride + vocab, dtype=torch.bfloat16)
+    far = reserved.as_strided((2, vocab), (stride, 1))
     far.copy_(torch.randn(2, vocab))
     near = torch.randn(2, vocab).bfloat16()
     z, v = (far, near) if side == "student" else (near, far)
@@ -363,3 +368,96 @@ def test_stats_keep_infinite_classes_finite(backend: str) -> None:
     expected = torch.distributions.Categorical(logits=kept / 2).entropy().mean()
     assert_close_fp64(exact.student_entropy.double(), expected)
     assert abs(stats.student_entropy.item() - expected.item()) < 1e-5
+
+
+# On a GPU, beside all tests of `backend="triton"`
+
+
+def on_gpu(rows: tuple[int, ...], vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Student, teacher, labels."""
+    given = (*pair(*rows, vocab, dtype=dtype), labelled(rows, vocab))
+    return tuple(x.to("cuda") for x in given)  # type: ignore[return-value]
+
+
+@pytest.mark.gpu
+def test_none_picks_triton_on_a_gpu() -> None:
+    """And has nothing to warn of."""
+    z, v, labels = on_gpu((6,), 300, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kd.explain(z, v).backend == "triton"
+        loss = kd.kd_loss(z, v, labels, hard_weight=0.5)
+    assert torch.equal(loss, kd.kd_loss(z, v, labels, hard_weight=0.5, backend="triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("o", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["reference", "triton"])
+def test_without_a_default_device(name: str, dtype: torch.dtype, o: Options) -> None:
+    """Where the default device is the GPU, as in other tests, a tensor made on no device in particular is
+    right by luck."""
+    z, v, labels = on_gpu((3, 5), 131, dtype)
+    mask, weights = torch.rand(3, 5).to("cuda") < 0.8, torch.rand(3, 5).to("cuda")
+    counts = [3, torch.tensor(3), torch.tensor(3.0).to("cuda")] if o.reduction == "mean" else []
+    for changes in ({}, {"mask": mask}, {"token_weights": weights}, *({"num_items": n} for n in counts)):
+        check(z, v, labels, o.but(divergence=0.5, **changes), backend=name)
+    loss, stats = kd.kd_loss_with_stats(z, v, labels, backend=name, **keywords(o.but(mask=mask)))
+    assert all(x.device == z.device for x in (loss, *vars(stats).values()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_nothing_waits_for_the_gpu(dtype: torch.dtype, masked: bool) -> None:
+    """A call that looks at a label, or at how many there are, stops every step until the GPU is done."""
+    z, v, labels = on_gpu((6,), 300, dtype)
+    z.requires_grad_()
+    weights = torch.rand(6).to("cuda")
+    mask, count = (labels != -100, torch.tensor(7).to("cuda")) if masked else (None, None)
+    o = Options(0.5, hard_weight=0.5, token_weights=weights, mask=mask, num_items=count)
+
+    def step() -> None:
+        loss, _ = kd.kd_loss_with_stats(z, v, labels, backend="triton", **keywords(o))
+        loss.backward()
+
+    step()  # compiles
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_stream_of_the_caller(dtype: torch.dtype) -> None:
+    """A kernel on another stream reads logits that are still to be written."""
+    z, v, labels = on_gpu((6,), 300, dtype)
+    o = Options(0.5, hard_weight=0.5)
+    expected = our_result(z, v, labels, o, "triton")
+    late, stream = torch.zeros_like(z), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # clock cycles: a tenth of a second
+        late.copy_(z)
+        loss, grad = our_result(late, v, labels, o, "triton")
+    stream.synchronize()
+    assert torch.equal(loss, expected[0]) and torch.equal(grad, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_for_every_run_on_a_gpu(divergence: str | float, dtype: torch.dtype) -> None:
+    """Programs finish in any order, and nothing depends on it."""
+    z, v, labels = on_gpu((300,), 5000, dtype)
+    for reduction in ("mean", "sum", "none"):
+        o = Options(divergence, temperature=2.0, hard_weight=0.5, reduction=reduction)
+        runs = []
+        for _ in range(3):
+            _, stats = kd.kd_loss_with_stats(z, v, labels, backend="triton", **keywords(o))
+            runs.append((*our_result(z, v, labels, o, "triton"), *vars(stats).values()))
+        for other in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))

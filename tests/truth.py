@@ -107,11 +107,11 @@ def magnitude(*logits: Tensor) -> Tensor:
     return sum(x.nan_to_num(0, 0, 0).abs().amax(-1) for x in logits)  # type: ignore[return-value]
 
 
-def counted_rows(rows: torch.Size, labels: Tensor | None, o: Options) -> Tensor:
+def counted_rows(z: Tensor, labels: Tensor | None, o: Options) -> Tensor:
     """Which rows count: the mask, else the labelled rows, else all."""
     if o.mask is not None:
         return o.mask
-    return torch.ones(rows, dtype=torch.bool) if labels is None else labels != o.ignore_index
+    return torch.ones_like(z[..., 0], dtype=torch.bool) if labels is None else labels != o.ignore_index
 
 
 def row_weights(counted: Tensor, o: Options) -> Tensor:
@@ -138,7 +138,7 @@ def truth(
     rows, vocab = z.shape[:-1], min(z.shape[-1], v.shape[-1])
     x, dx = processed(z.detach().double()[..., :vocab], o.student_scale, o.student_softcap)
     u, _ = processed(v.detach().double()[..., :vocab], o.teacher_scale, o.teacher_softcap)
-    counted = counted_rows(rows, labels, o)
+    counted = counted_rows(z, labels, o)
     T = o.temperature
 
     soft, dy, soft_size, dy_size = soft_term(o.divergence, log_softmax(x / T), log_softmax(u / T))
