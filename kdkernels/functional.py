@@ -411,5 +411,5 @@ def _check_num_items(num_items: Any, reduction: str) -> None:
             raise ValueError("num_items must not require grad; pass num_items.detach()")
     elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
-    elif not (math.isfinite(num_items) and num_items >= 0):
+    elif not 0 <= num_items < math.inf:
         raise ValueError(f"num_items must be finite and >= 0, got {num_items}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import registry
 from .autograd import KDFunction, what_to_keep
-from .reference import compute_dtype
+from .reference import check_labels, compute_dtype
 from .spec import STATE_ROWS, STATS, Call, LossSpec
 
 _ARGUMENTS = (
@@ -118,6 +118,19 @@ def _gradient(upstream: Tensor, *inputs: Any) -> Tensor:
 @torch.library.register_fake("kdkernels::kd_gradient_v1")
 def _gradient_shape(upstream: Tensor, student: Tensor, *_: Any) -> Tensor:
     return student.new_empty(student.shape)
+
+
+torch.library.define("kdkernels::check_labels_v1", "(Tensor labels, SymInt classes) -> Tensor")
+
+
+@torch.library.impl("kdkernels::check_labels_v1", "CompositeExplicitAutograd")
+def _check_labels(labels: Tensor, classes: int) -> Tensor:
+    return check_labels(labels, classes).clone()  # what a node returns is not what it was given
+
+
+@torch.library.register_fake("kdkernels::check_labels_v1")
+def _labels_shape(labels: Tensor, classes: int) -> Tensor:
+    return torch.empty_like(labels)
 
 
 class _Nodes:
