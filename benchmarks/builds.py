@@ -1,19 +1,20 @@
 """``python -m benchmarks builds``: the Triton kernels built for GPUs that need not be here.
 
 Calls go as far as the launch, which is recorded instead of made; what was to be launched is compiled for each
-target, and registers, spills, shared memory and the widths of the accesses are read from the machine code. Run
-in a process of its own by the tests, since in theirs the kernels are interpreted.
+target, and registers, spills, shared memory and the widths of the accesses are read from the machine code.
+Run in a process of its own by the tests, since in theirs the kernels are interpreted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels.autograd import what_to_keep
 from kdkernels.bench import markdown_table, print_table, write_json
 from kdkernels.divergences import TABLE
 from kdkernels.functional import checked_call, complete
@@ -63,38 +65,52 @@ class Recorder:
         return lambda *arguments, **options: self.launches.append(Launch(self.kernel, arguments, options))
 
 
-def launches_of(target: str, divergence: str, dtype: str, vocab: int, options: str, rows: int = 2) -> list[Launch]:
-    """What forward, and backward, of one call would launch; its arithmetic is not done."""
-    from kdkernels.autograd import what_to_keep
+@contextlib.contextmanager
+def recorded(lanes: int = 32) -> Iterator[list[Launch]]:
+    """Meanwhile nothing is launched; what would have been, on warps of so many lanes, is in the list."""
     from kdkernels.backends import triton_kernels
 
     launches: list[Launch] = []
-    real = {name: getattr(triton_kernels, name) for name in ("row_kernel", "total_kernel", "scale_kernel")}
-    stand_ins = {name: Recorder(kernel, launches) for name, kernel in real.items()}
-    real["lanes"], stand_ins["lanes"] = triton_kernels.lanes, lambda device: TARGETS[target][2]
+    stand_ins: dict[str, Any] = {
+        name: Recorder(getattr(triton_kernels, name), launches)
+        for name in ("row_kernel", "total_kernel", "scale_kernel")
+    }
+    stand_ins["lanes"] = lambda device: lanes
+    stand_ins["_launching"] = lambda tensor: contextlib.nullcontext()
+    real = {name: getattr(triton_kernels, name) for name in stand_ins}
     for name, stand_in in stand_ins.items():
         setattr(triton_kernels, name, stand_in)
     try:
-        z, v = torch.empty(2, rows, vocab, dtype=DTYPES[dtype]).unbind()
-        given: dict[str, Any] = {"divergence": kd.JSD(0.3) if divergence == "jsd" else divergence}
-        student, teacher, labels = kd.Logits(z), kd.Logits(v), None
-        if options != "plain":
-            labels = torch.zeros(rows, dtype=torch.int64)
-            given |= {"hard_weight": 0.1, "temperature": 2.0}
-        if options == "everything":
-            student, teacher = replace(student, scale=0.5, softcap=30.0), replace(teacher, softcap=20.0)
-            given |= {"mask": torch.ones(rows, dtype=torch.bool), "token_weights": torch.ones(rows)}
-        keep = what_to_keep(z.dtype)
-        call = checked_call(student, teacher, labels, complete(given), stats=options == "everything")
+        yield launches
+    finally:
+        for name, function in real.items():
+            setattr(triton_kernels, name, function)
+
+
+def launches_of(
+    target: str, divergence: str, dtype: str, vocab: int, options: str, rows: int = 2
+) -> list[Launch]:
+    """What forward, and backward, of one call would launch; its arithmetic is not done."""
+    from kdkernels.backends import triton_kernels
+
+    z, v = torch.empty(2, rows, vocab, dtype=DTYPES[dtype]).unbind()
+    given: dict[str, Any] = {"divergence": kd.JSD(0.3) if divergence == "jsd" else divergence}
+    student, teacher, labels = kd.Logits(z), kd.Logits(v), None
+    if options != "plain":
+        labels = torch.zeros(rows, dtype=torch.int64)
+        given |= {"hard_weight": 0.1, "temperature": 2.0}
+    if options == "everything":
+        student, teacher = replace(student, scale=0.5, softcap=30.0), replace(teacher, softcap=20.0)
+        given |= {"mask": torch.ones(rows, dtype=torch.bool), "token_weights": torch.ones(rows)}
+    keep = what_to_keep(z.dtype)
+    call = checked_call(student, teacher, labels, complete(given), stats=options == "everything")
+    with recorded(TARGETS[target][2]) as launches:
         _, _, kept = triton_kernels.forward(call, keep)
         upstream = torch.ones(())
         if keep == "state":
             triton_kernels.gradient(upstream, call, kept)
         else:
             triton_kernels.scale(kept, upstream, in_place=True)
-    finally:
-        for name, function in real.items():
-            setattr(triton_kernels, name, function)
     return launches
 
 
@@ -191,17 +207,39 @@ def instantiations(
     return found
 
 
+STATE = 2  # of the modes of the row kernel
+MODES = {None: "", 0: "loss", 1: "loss + gradient", 2: "loss + state", 3: "gradient of state"}
+
+
+def table(builds: list[dict[str, Any]], targets: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """A line for each build of the row kernel: registers a thread on each target, and what all share."""
+    lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for found in builds:
+        if found["kernel"] == "row_kernel":
+            vocabularies = ", ".join(f"{v:,}" for v in found["vocab"])
+            key = (found["divergence"], found["dtype"], vocabularies, ", ".join(found["options"]))
+            lines.setdefault((*key, MODES[found["mode"]]), {})[found["target"]] = found
+    head = ["divergence", "dtype", "V", "options", "makes", *(f"{t} registers" for t in targets)]
+    rows = []
+    for key, on in lines.items():
+        registers = [str(on[t]["registers"]) if t in on else "" for t in targets]
+        spilled = sum(found["spills"] for found in on.values())
+        shared = sorted({found["shared"] for found in on.values()})
+        rows.append([*key, *registers, "-".join(map(str, shared[:: max(1, len(shared) - 1)])), str(spilled)])
+    return [*head, "shared bytes", "spilled bytes"], rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Builds everything for the targets; prints a table, or a JSON line for each build."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks builds", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16", "fp32"])
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
-    parser.add_argument("--json", action="store_true", help="a line for each build, and no file")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--lines", action="store_true", help="a JSON line for each build, and no file")
+    chosen = parser.parse_args(arguments)
     builds: list[dict[str, Any]] = []
-    for target in options.targets:
-        for cases, launch in instantiations(target, options.dtypes, options.options).values():
+    for target in chosen.targets:
+        for cases, launch in instantiations(target, chosen.dtypes, chosen.options).values():
             case = {
                 **cases[0],
                 "vocab": sorted({c["vocab"] for c in cases}),
@@ -209,11 +247,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "target": target,
             }
             builds.append(case | build(launch, target))
-            if options.json:
+            if chosen.lines:
                 print(json.dumps(builds[-1]), flush=True)
-    if options.json:
+    if chosen.lines:
         return 0
-    return 0
+    import triton
+
+    title = f"Row kernel, built by Triton {triton.__version__}; nothing ran"
+    head, rows = table(builds, chosen.targets)
+    print_table(title, head, rows, left=5)
+    if not arguments:
+        document = {"schema": 1, "command": "python -m benchmarks builds", "triton": triton.__version__}
+        write_json(RESULTS / "triton-builds.json", {**document, "builds": builds})
+        text = f"{title}: `{document['command']}`.\n\n{markdown_table(head, rows, left=5)}\n"
+        (RESULTS / "triton-builds.md").write_text(text)
+        print(f"written: {RESULTS / 'triton-builds.json'} and the table beside it")
+    return 1 if any(found["spills"] for found in builds) else 0
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class KDFunction(torch.autograd.Function):
         backend: Any,
         rebuild: Callable[[list[Any]], tuple[Any, ...]] = tuple,
     ) -> None:
-        """Saves what backward needs: the gradient, or where there is none yet, the inputs and the rows' state.
+        """Saves what backward needs: the gradient, or where there is none yet, the inputs and their state.
 
         Apart from `forward`, since a custom op wants it so. torch takes it apart too where it is called
         `setup_context`, and then inspects the signature at every call, which costs 100 µs.

@@ -277,7 +277,7 @@ def _spec(options: dict[str, Any], student: PostProcessing, teacher: PostProcess
     values = [options[name] for name in _SPEC_OPTIONS]
     if torch.compiler.is_compiling():
         # A record that is looked up would make a constant of every number.
-        return new_spec(*values, student, teacher, stats)
+        return new_spec(*values, student=student, teacher=teacher, stats=stats)
     try:
         return make_spec(*values, student, teacher, stats)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""The fused losses as operators of torch: what torch.compile and torch.export have in their graphs, one node each.
+"""The fused losses as operators of torch: one node in the graphs of torch.compile and torch.export.
 
 Schemas are functional and carry a version. No number that may vary is in one, since it would be compiled in:
 temperature, weights and parameters travel in one float64 tensor on the CPU, where reading them waits for
@@ -25,12 +25,8 @@ _ARGUMENTS = (
     "str? backend"
 )
 # kept: the gradient, the rows' state or nothing, as `keep` says; figures: those of KDStats, or nothing.
-torch.library.define(
-    "kdkernels::kd_loss_v1", f"({_ARGUMENTS}) -> (Tensor loss, Tensor figures, Tensor kept)"
-)
-torch.library.define(
-    "kdkernels::kd_gradient_v1", f"(Tensor upstream, {_ARGUMENTS}, Tensor state) -> Tensor"
-)
+torch.library.define("kdkernels::kd_loss_v1", f"({_ARGUMENTS}) -> (Tensor loss, Tensor figures, Tensor kept)")
+torch.library.define("kdkernels::kd_gradient_v1", f"(Tensor upstream, {_ARGUMENTS}, Tensor state) -> Tensor")
 _INPUTS = _ARGUMENTS.count(",") + 1
 
 
@@ -38,36 +34,37 @@ def kd_loss(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
     """The loss and stats of a fused backend as a node of the graph that is being made."""
     student, teacher, labels, mask, token_weights, num_items, spec, classes = call
     trained = student.requires_grad and torch.is_grad_enabled()
-    tensor, number = (num_items, -1.0) if isinstance(num_items, Tensor) else (None, num_items)
+    tensor, number = (num_items, None) if isinstance(num_items, Tensor) else (None, num_items)
     loss, figures, _ = torch.ops.kdkernels.kd_loss_v1(
-        student, teacher, labels, mask, token_weights, tensor, _pack(spec, -1.0 if number is None else number),
+        student, teacher, labels, mask, token_weights, tensor, pack(spec, number),
         spec.divergence, spec.ignore_index, spec.reduction, spec.stats, classes,
         what_to_keep(student.dtype) if trained else "nothing", backend,
     )  # fmt: skip
     return loss, figures if spec.stats else None
 
 
-def _pack(spec: LossSpec, num_items: float) -> Tensor:
+def pack(spec: LossSpec, num_items: float | None) -> Tensor:
+    """The numbers of a call as one tensor; a number of items that is not given is negative."""
     # Products, since those are what the compiler keeps variable of a Python number.
     one = torch.ones((), dtype=torch.float64, device="cpu")
     numbers = (
         spec.temperature, spec.t_factor, spec.soft_weight, spec.hard_weight,
         spec.student_scale, spec.student_softcap, spec.teacher_scale, spec.teacher_softcap,
-        num_items, *spec.params,
+        -1.0 if num_items is None else num_items, *spec.params,
     )  # fmt: skip
     return torch.stack([one * number for number in numbers])
 
 
 def _unpack(inputs: tuple[Any, ...]) -> tuple[Call, Any]:
     """The call of a node, and the backend that runs it."""
-    *tensors, num_items, options, divergence, ignore_index, reduction, stats, classes, _, backend = inputs
-    *numbers, given = options.tolist()[:9]
-    spec = _spec(
-        divergence, tuple(options.tolist()[9:]), *numbers[:4], ignore_index, reduction, *numbers[4:], stats
-    )
+    student, teacher, labels, mask, token_weights, num_items, options, *fixed = inputs
+    divergence, ignore_index, reduction, stats, classes, _, backend = fixed
+    numbers = options.tolist()
+    weights, scales, given, params = numbers[:4], numbers[4:8], numbers[8], tuple(numbers[9:])
+    spec = _spec(divergence, params, *weights, ignore_index, reduction, *scales, stats)
     if num_items is None and given >= 0:
         num_items = given
-    call = Call(*tensors, num_items, spec, classes)
+    call = Call(student, teacher, labels, mask, token_weights, num_items, spec, classes)
     chosen = registry.choose(backend, spec, call.student, call.teacher)
     if chosen.name == "reference":
         raise RuntimeError(
@@ -110,9 +107,8 @@ def _forward_shapes(
 
 @torch.library.impl("kdkernels::kd_gradient_v1", "CompositeExplicitAutograd")
 def _gradient(upstream: Tensor, *inputs: Any) -> Tensor:
-    *inputs, state = inputs
-    call, backend = _unpack(tuple(inputs))
-    return backend.gradient(upstream, call, state)
+    call, backend = _unpack(inputs[:-1])
+    return backend.gradient(upstream, call, inputs[-1])
 
 
 @torch.library.register_fake("kdkernels::kd_gradient_v1")
@@ -157,8 +153,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradient, *_ = KDFunction.backward(ctx, upstream)
-    return gradient, *[None] * (_INPUTS - 1)
+    return KDFunction.backward(ctx, upstream)[0], *[None] * (_INPUTS - 1)
 
 
 torch.library.register_autograd("kdkernels::kd_loss_v1", _backward, setup_context=_save)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import cpu, triton_
-from .caller import warn_once
+from .caller import warn_once, while_tracing
 from .spec import LossSpec
 
 
@@ -76,24 +76,16 @@ def why_unfused(spec: LossSpec, student: Tensor, teacher: Tensor) -> str:
     return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
 
 
-@torch.compiler.assume_constant_result
+@while_tracing
 def is_fused(name: str | None, divergence: str, device: str) -> bool:
     """Whether a call is for a fused backend, as far as can be told before there are tensors."""
     if name is not None:
-        return get(name).name != "reference"
+        return name != "reference"  # a name that doesn't exist is refused where the call runs
     return any(
         b.available(torch.device(device)) is None and b.knows(divergence) is None
         for b in BACKENDS.values()
         if b.name != "reference" and not _only_by_name(b, device)
     )
-
-
-def get(name: str) -> Backend:
-    """The backend of a name."""
-    backend = BACKENDS.get(name)
-    if backend is None:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    return backend
 
 
 def _only_by_name(backend: Backend, device: str) -> bool:
@@ -104,7 +96,9 @@ def _only_by_name(backend: Backend, device: str) -> bool:
 def choose(name: str | None, spec: LossSpec, student: Tensor, teacher: Tensor) -> Backend:
     """The backend that runs a call: the named one or an error, else the first that can."""
     if name is not None:
-        backend = get(name)
+        backend = BACKENDS.get(name)
+        if backend is None:
+            raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
         why = reason(backend, spec, student, teacher)
         if why is not None:
             raise RuntimeError(

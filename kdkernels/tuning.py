@@ -52,8 +52,8 @@ class TritonConfig:
     whole: bool
 
 
-# Rows up to this wide are kept in registers. At 8,192, 1,024 threads would hold one row of each side and leave
-# no room for a second program, so that a multiprocessor would wait while it computes.
+# Rows up to this wide are kept in registers. At 8,192, 1,024 threads would hold one row of each side and
+# leave no room for a second program, so that a multiprocessor would wait while it computes.
 TRITON_WHOLE = 4096
 TRITON_WARPS = 8  # of a program that streams
 
@@ -62,10 +62,10 @@ def triton(width: int, itemsize: int, stats: bool = False, lanes: int = 32) -> T
     """The configuration for rows of a width, of logits of a size in bytes, on warps of so many lanes.
 
     Not measured on a GPU; chosen from what builds for sm_80, sm_90, sm_100 and gfx942 use (`python -m
-    benchmarks builds`). 32 bytes a thread and side are two accesses of the widest kind: 16 classes of bfloat16
-    take 64 registers in the closed forms and 128 in JSD, so that four or two programs of 8 warps share a
-    multiprocessor; twice as many spill. 16 bytes where the stats keep more of each class, and where a warp of
-    64 lanes reads as much with them.
+    benchmarks builds`). 32 bytes a thread and side are two accesses of the widest kind: 16 classes of
+    bfloat16 take 64 registers in the closed forms and 128 in JSD, so that four or two programs of 8 warps
+    share a multiprocessor; twice as many spill. 16 bytes where the stats keep more of each class, and where a
+    warp of 64 lanes reads as much with them.
     """
     a_thread = max(1, (16 if stats or lanes == 64 else 32) // itemsize)
     block = max(16, 1 << (width - 1).bit_length())

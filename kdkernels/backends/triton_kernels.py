@@ -1,9 +1,9 @@
 """The Triton kernels: one generic row kernel for NVIDIA, AMD and Intel GPUs, and how a call launches it.
 
 A program takes a row. Phase 1 reads both sides for their normalisers and, where the divergence has a closed
-form, its cross sum; phase 2, for the others, sums phi and g; phase 3 writes the gradient. Of a vocabulary that
-fits in one block the program keeps both rows and reads them once; of a larger one each phase reads them again,
-from the second-level cache as long as the rows in flight fit in it.
+form, its cross sum; phase 2, for the others, sums phi and g; phase 3 writes the gradient. Of a vocabulary
+that fits in one block the program keeps both rows and reads them once; of a larger one each phase reads them
+again, from the second-level cache as long as the rows in flight fit in it.
 """
 
 # No `from __future__ import annotations`: Triton reads the kernels' annotations.
@@ -78,7 +78,7 @@ def _read(
 
 @triton.jit
 def _capped(x, inside, cap, slope, CAPPED: tl.constexpr):
-    """cap tanh(slope x) where there is a cap; -inf beyond the row."""
+    """Capped: cap tanh(slope x) where there is a cap; -inf beyond the row."""
     if CAPPED:
         e = tl.exp(-2.0 * tl.abs(x * slope))
         t = (1.0 - e) / (1.0 + e)
@@ -163,8 +163,8 @@ def _divisor(counted_ptr, given_ptr, number, ITEMS: tl.constexpr, COUNTED: tl.co
     ]
 )  # fmt: skip
 def row_kernel(
-    z_ptr, v_ptr, gradient_ptr, rows_ptr, state_ptr,  # [..., V], [..., V], [N, width], [1 or FIGURES, N], [6, N]
-    labels_ptr, mask_ptr, weights_ptr, counted_ptr, given_ptr, upstream_ptr,  # [N] thrice, one twice, [N] or one
+    z_ptr, v_ptr, gradient_ptr, rows_ptr, state_ptr,  # [..., V] twice, [N, width], [1 or FIGURES, N], [6, N]
+    labels_ptr, mask_ptr, weights_ptr, counted_ptr, given_ptr, upstream_ptr,  # [N] thrice, 1 twice, [N] or 1
     rows, n1, n2, classes, width, ignore_index,  # N = n0 n1 n2
     z_stride0, z_stride1, z_stride2, z_column, v_stride0, v_stride1, v_stride2, v_column, upstream_stride,
     cz: "fp64", cv: "fp64", c1: "fp64", T: "fp64",  # logits to exponents: both at T, the student at T = 1
@@ -208,6 +208,9 @@ def row_kernel(
             if STATS:
                 for k in tl.static_range(1, FIGURES):
                     tl.store(rows_ptr + k * N + n, 0.0)
+        if MODE == STATE:
+            for k in tl.static_range(0, 6):
+                tl.store(state_ptr + k * N + n, 0.0)
         if MODE == GRADIENT or MODE == SCALED_GRADIENT:
             nothing = tl.zeros([BLOCK], R).to(gradient_ptr.dtype.element_ty)
             for start in range(0, width, BLOCK):
@@ -279,7 +282,9 @@ def row_kernel(
                 moved_z = rz - ref_z
                 keep_z = tl.exp(moved_z)
                 if SOFT:
-                    u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS and CLOSED)
+                    u = _read(
+                        v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS and CLOSED
+                    )
                     u = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v
                     if STATS:
                         best_v = _best(u, mv, columns, classes, best_v)
@@ -526,9 +531,7 @@ def gradient(upstream: Tensor, call: Call, state: Tensor) -> Tensor:
     student = call.student
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     with _launching(student):
-        launch(
-            SCALED_GRADIENT.value, call, count_items(call), gradient=out, state=state, upstream=upstream
-        )
+        launch(SCALED_GRADIENT.value, call, count_items(call), gradient=out, state=state, upstream=upstream)
     return out
 
 
