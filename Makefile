@@ -9,10 +9,12 @@
 #                torch, Triton, pytest and hypothesis; nothing is installed
 #   make clean   remove .venv and whatever was built
 #
-# ARGS="..." passes options on, PYTHON=python3.12 picks the Python that .venv is made with, or make gpu runs.
+# ARGS="..." passes options on, PYTHON=python3.12 picks the Python that .venv is made with, or make gpu runs,
+# SHARDS=8 in how many processes make gpu tests.
 
 PYTHON ?= python3
 ARGS ?=
+SHARDS ?= 8
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -46,7 +48,15 @@ bench: $(READY)
 # is measured all the same when a test fails, and make fails in the end.
 gpu:
 	@$(PYTHON) -m benchmarks gpu --probe
-	@$(PYTHON) -m pytest -m gpu -q; tests=$$?; $(PYTHON) -m benchmarks gpu $(ARGS) && exit $$tests
+	@mkdir -p build && rm -f build/gpu-tests-*.log
+	@echo "Tests, in $(SHARDS) processes: most of the time goes into compiling a kernel for each kind of call."
+	@running=; tests=0; \
+	for i in $$(seq $(SHARDS)); do \
+	  $(PYTHON) -m pytest -m gpu -q --shard $$i/$(SHARDS) >build/gpu-tests-$$i.log 2>&1 & running="$$running $$!"; \
+	done; \
+	for process in $$running; do wait $$process || tests=1; done; \
+	if [ $$tests = 0 ]; then tail -qn 1 build/gpu-tests-*.log; else cat build/gpu-tests-*.log; fi; \
+	$(PYTHON) -m benchmarks gpu $(ARGS) && exit $$tests
 
 setup: $(READY)
 

@@ -63,10 +63,12 @@ def tuned(pair: Pair) -> Iterator[list[int]]:
     original: Callable[..., Any] = tuning.triton
     asked = [0]
 
-    def chosen(*args: Any, **kwargs: Any) -> Any:
+    def chosen(width: int, *args: Any, **kwargs: Any) -> Any:
         asked[0] += 1
-        config = original(*args, **kwargs)
-        return config if pair.block is None else replace(config, block=pair.block, warps=pair.warps)
+        config = original(width, *args, **kwargs)
+        if pair.block is None:
+            return config
+        return replace(config, block=pair.block, warps=pair.warps, whole=pair.block >= width)
 
     tuning.triton = chosen
     try:

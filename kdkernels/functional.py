@@ -105,6 +105,9 @@ def kd_loss(
     kept for backward (float16 excepted: there the loss scale must come before the rounding, and backward
     recomputes).
 
+    Compiled: under `torch.compile` and `torch.export` a fused loss is one operator, the reference is traced.
+    No number is compiled in, so that temperature, weights and `num_items` may change at every step.
+
     Args:
         student: Logits `[..., V]`, or `kd.Logits` for logits with a scale or softcap. Any leading shape and
             strides; float32, float64, bfloat16 or float16.
@@ -129,8 +132,8 @@ def kd_loss(
         pad_vocab: Allow unequal vocabularies: classes beyond the smaller V leave both softmaxes, with
             gradient 0.
         teacher_requires_grad: A teacher that requires grad is an error, unless this says `"ignore"`.
-        backend: `"reference"`, `"cpu"`, or None to pick by device. A named backend that can't run is an
-            error.
+        backend: `"reference"`, `"cpu"`, `"triton"`, or None to pick by device. A named backend that can't run
+            is an error.
 
     Returns:
         The loss in float32 (float64 for float64 logits): 0-d, or `[...]` for `reduction="none"`. With no
@@ -274,10 +277,11 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def _spec(options: dict[str, Any], student: PostProcessing, teacher: PostProcessing, stats: bool) -> LossSpec:
-    values = [options[name] for name in _SPEC_OPTIONS]
     if torch.compiler.is_compiling():
         # A record that is looked up would make a constant of every number.
-        return new_spec(*values, student=student, teacher=teacher, stats=stats)
+        named = {name: options[name] for name in _SPEC_OPTIONS}
+        return new_spec(**named, student=student, teacher=teacher, stats=stats)
+    values = [options[name] for name in _SPEC_OPTIONS]
     try:
         return make_spec(*values, student, teacher, stats)
     except TypeError as error:

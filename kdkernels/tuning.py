@@ -68,7 +68,8 @@ def triton(width: int, itemsize: int, stats: bool = False, lanes: int = 32) -> T
     warp of 64 lanes reads as much with them.
     """
     a_thread = max(1, (16 if stats or lanes == 64 else 32) // itemsize)
-    block = max(16, 1 << (width - 1).bit_length())
+    # Narrower blocks would only be more builds.
+    block = max(256, 1 << (width - 1).bit_length())
     if block <= TRITON_WHOLE:
         return TritonConfig(block, max(1, block // (lanes * a_thread)), whole=True)
     return TritonConfig(TRITON_WARPS * lanes * a_thread, TRITON_WARPS, whole=False)

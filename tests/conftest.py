@@ -101,8 +101,23 @@ def device_of(item: Any) -> str:
     return DEVICES.get(callspec.params.get("backend"), "cpu") if callspec else "cpu"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Several processes share the tests of one GPU, without pytest-xdist, which may not be there."""
+    parser.addoption(
+        "--shard", metavar="I/N", help="every Nth of the tests that run on the GPU, from the Ith"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests by what they need, and keep a shard of those on the GPU."""
+    mark_gpu(items)
+    if shard := config.getoption("--shard"):
+        first, step = map(int, shard.split("/"))
+        items[:] = [item for item in items if item.get_closest_marker("gpu")][first - 1 :: step]
+
+
+def mark_gpu(items: list[pytest.Item]) -> None:
     """Mark what runs on the GPU; skip what needs one where there is none."""
     for item in items:
         if device_of(item) == "cuda":

@@ -1,5 +1,5 @@
-"""What only the Triton kernels have: builds for GPUs that aren't here, passes and launches counted, no wait for
-the device, closed forms beside the table."""
+"""What only the Triton kernels have: builds for GPUs that are not here, their reads, launches and waits, and
+closed forms beside the table."""
 
 from __future__ import annotations
 
