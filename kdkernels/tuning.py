@@ -43,11 +43,13 @@ class TritonConfig:
 
     Attributes:
         block: Classes that a program works on at once.
+        group: Neighbours among them that share a running maximum and sums until the end of the row.
         warps: Warps of a program.
         whole: Whether the block holds the row, so that it is read once and kept.
     """
 
     block: int
+    group: int
     warps: int
     whole: bool
 
@@ -62,14 +64,16 @@ def triton(width: int, itemsize: int, stats: bool = False, lanes: int = 32) -> T
     """The configuration for rows of a width, of logits of a size in bytes, on warps of so many lanes.
 
     Not measured on a GPU; chosen from what builds for sm_80, sm_90, sm_100 and gfx942 use (`python -m
-    benchmarks builds`). 32 bytes a thread and side are two accesses of the widest kind: 16 classes of
-    bfloat16 take 64 registers in the closed forms and 128 in JSD, so that four or two programs of 8 warps
-    share a multiprocessor; twice as many spill. 16 bytes where the stats keep more of each class, and where a
+    benchmarks builds`). 32 bytes a thread and side are two accesses of the widest kind: with 16 classes of
+    bfloat16 a thread takes 48 registers in the closed forms and 64 in JSD on sm_90, so that five or four
+    programs of 8 warps share a multiprocessor. 16 bytes where the stats keep more of each class, and where a
     warp of 64 lanes reads as much with them.
     """
     a_thread = max(1, (16 if stats or lanes == 64 else 32) // itemsize)
     # Narrower blocks would only be more builds.
     block = max(256, 1 << (width - 1).bit_length())
     if block <= TRITON_WHOLE:
-        return TritonConfig(block, max(1, block // (lanes * a_thread)), whole=True)
-    return TritonConfig(TRITON_WARPS * lanes * a_thread, TRITON_WARPS, whole=False)
+        return TritonConfig(block, block, max(1, block // (lanes * a_thread)), whole=True)
+    # A group is what a thread reads at once: a sum over it crosses no threads, and those over all of a block,
+    # 5 with 3 barriers each, come once a row and not once a block.
+    return TritonConfig(TRITON_WARPS * lanes * a_thread, 16 // itemsize, TRITON_WARPS, whole=False)

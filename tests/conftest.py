@@ -25,6 +25,8 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 import kdkernels as kd
+from kdkernels import tuning
+from kdkernels.tuning import TritonConfig
 
 
 def tame(interpreter: Any) -> None:
@@ -69,8 +71,11 @@ if not torch.cuda.is_available():
         tame(interpreter)
     del os.environ["TRITON_INTERPRET"]
 
-# Where each backend's tensors are.
-DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+# Where each backend's tensors are. "streaming" is Triton with blocks so small that every row has several: what
+# runs at real vocabularies, on rows that a test can afford.
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU, "streaming": GPU}
+STREAMED = ("test_semantics.py", "test_any_problem_is_within_the_budget", "test_infinite_classes_anywhere")
 
 # For what only fused backends promise.
 fused = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
@@ -95,10 +100,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): tests that one process has to run")
 
 
+def backend_of(item: Any) -> str | None:
+    """The backend of a test that has one."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("backend") if callspec else None
+
+
+def is_streamed(item: Any) -> bool:
+    """Whether a test runs with small blocks, too."""
+    return item.path.name in STREAMED or item.originalname in STREAMED
+
+
 def device_of(item: Any) -> str:
     """Where the tensors of a test are: on the CPU, unless its backend says otherwise."""
-    callspec = getattr(item, "callspec", None)
-    return DEVICES.get(callspec.params.get("backend"), "cpu") if callspec else "cpu"
+    return DEVICES.get(backend_of(item) or "", "cpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -111,6 +126,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests by what they need, and keep a shard of those on the GPU."""
+    items[:] = [item for item in items if backend_of(item) != "streaming" or is_streamed(item)]
     mark_gpu(items)
     if shard := config.getoption("--shard"):
         first, step = map(int, shard.split("/"))
@@ -166,17 +182,26 @@ def why_not(backend: str) -> str | None:
     return kd.explain(logits, logits).reasons[backend]
 
 
-@pytest.fixture(scope="session", params=["reference", "cpu", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
+def in_small_blocks(width: int, itemsize: int, stats: bool = False, lanes: int = 32) -> TritonConfig:
+    """What `tuning.triton` says of rows of more than 4,096, for rows of more than a block of 32."""
+    return TritonConfig(32, 16 // itemsize, 1, whole=False)
+
+
+@pytest.fixture(scope="session", params=["reference", "cpu", "triton", "streaming"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend of this machine. The C++ one may be missing only where nothing could have built it."""
-    reason = why_not(request.param)
+    name = "triton" if request.param == "streaming" else str(request.param)
+    reason = why_not(name)
     if reason is not None:
-        if request.param == "triton" and importlib.util.find_spec("triton") is None:
+        if name == "triton" and importlib.util.find_spec("triton") is None:
             pytest.skip(reason)
-        if request.param == "cpu" and shutil.which("g++") is None:
+        if name == "cpu" and shutil.which("g++") is None:
             pytest.skip(f"no g++ to build it: {reason}")
-        pytest.fail(f"backend {request.param!r} can't run here: {reason}")
-    return str(request.param)
+        pytest.fail(f"backend {name!r} can't run here: {reason}")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "streaming":
+            patch.setattr(tuning, "triton", in_small_blocks)
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -342,6 +342,31 @@ def test_saturated_rows(backend: str, divergence: str | float, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("shift", [-1e4, -100.0, 1e4])
+def test_rows_far_from_zero(backend: str, divergence: str | float, shift: float) -> None:
+    """A maximum that grows block by block starts somewhere: at 0, the first row below would be NaN. So would
+    one whose first classes are far below the rest."""
+    z, v = logits(4, 120) + shift, logits(4, 120) + shift / 2
+    z[1, :64] -= 1e3
+    v[2, :64] -= 1e3
+    z[3, 64:] += 1e3
+    for T in (1.0, 2.0):
+        o = Options(divergence, temperature=T, hard_weight=0.5, reduction="none")
+        check(z, v, torch.tensor([3, 100, 7, 110]), o, backend=backend)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_cross_entropy"])
+def test_an_impossible_class_of_no_weight(backend: str, divergence: str) -> None:
+    """Where p underflows, p log(p/q) is 0 even at q = 0, though a sum up to there was infinite."""
+    z, v = (logits(2, 100, dtype=torch.float32) for _ in range(2))
+    z[0, 3] = -inf
+    v[0, 50:] += 300.0
+    check(z[1:], v[1:], None, Options(divergence), backend=backend)
+    loss, grad = our_result(z, v, None, Options(divergence, reduction="none"), backend)
+    assert loss.isfinite().all() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("poison", ["nan", "all -inf", "+inf"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_bad_row_poisons_only_itself(backend: str, divergence: str | float, side: str, poison: str) -> None:

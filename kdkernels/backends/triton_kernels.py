@@ -10,7 +10,7 @@ again, from the second-level cache as long as the rows in flight fit in it.
 import math
 import types
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,18 +99,36 @@ def _rounded(x, pointer):
 
 
 @triton.jit
-def _grow(maximum, x):
-    """The row's maximum with a block's, and the reference of its exponents: 0 where nothing is finite."""
-    new = tl.maximum(maximum, tl.max(x, 0), propagate_nan=tl.PropagateNan.ALL)
-    return new, tl.where(new == NEG_INF, 0.0, new)
+def _grouped(x, GROUP: tl.constexpr):
+    """A block as groups, [BLOCK / GROUP, GROUP]."""
+    return tl.reshape(x, [x.shape[0] // GROUP, GROUP])
 
 
 @triton.jit
-def _apply(expression: tl.constexpr, lq, lp, p0, p1, p2, p3, PARAMS: tl.constexpr):
+def _reference(maximum):
+    """What exponents are relative to: the maximum, or 0 where nothing is finite."""
+    return tl.where(maximum == NEG_INF, 0.0, maximum)
+
+
+@triton.jit
+def _moved(maximum, reference):
+    """By how much exponents so far change with their reference; where there are none, by nothing."""
+    return tl.where(maximum == NEG_INF, 0.0, maximum - reference)
+
+
+@triton.jit
+def _carried(keep, x):
+    """A cross sum so far under its new reference. What can no longer weigh anything is gone, infinite or not."""
+    return tl.where(keep == 0, 0.0, keep * x)
+
+
+@triton.jit
+def _apply(expression: tl.constexpr, lq, lp, p0, p1, p2, p3, PARAMS: tl.constexpr, GUARD: tl.constexpr):
     """An expression of the table, 0 for a class that neither side can produce."""
-    dead = (lq == NEG_INF) & (lp == NEG_INF)
-    lq = tl.where(dead, 0.0, lq)
-    lp = tl.where(dead, 0.0, lp)
+    if GUARD:
+        dead = (lq == NEG_INF) & (lp == NEG_INF)
+        lq = tl.where(dead, 0.0, lq)
+        lp = tl.where(dead, 0.0, lp)
     if PARAMS == 0:
         x = expression(lq, lp)
     elif PARAMS == 1:
@@ -121,23 +139,25 @@ def _apply(expression: tl.constexpr, lq, lp, p0, p1, p2, p3, PARAMS: tl.constexp
         x = expression(lq, lp, p0, p1, p2)
     else:
         x = expression(lq, lp, p0, p1, p2, p3)
-    return tl.where(dead, 0.0, x)
+    if GUARD:
+        x = tl.where(dead, 0.0, x)
+    return x
 
 
 @triton.jit
 def _cross(e, own, other, A: tl.constexpr, B: tl.constexpr):
-    """Sum of e (A own + B other). What the weighing side can't produce contributes nothing; NaN stays."""
+    """Sums of e (A own + B other). What the weighing side can't produce contributes nothing; NaN stays."""
     term = B * other
     if A != 0:
         term += A * own
-    return tl.sum(tl.where(e == 0, 0.0, e * term), 0)
+    return tl.sum(tl.where(e == 0, 0.0, e * term), 1)
 
 
 @triton.jit
 def _best(x, maximum, columns, classes, best):
-    """The first column of the largest value, given that of the blocks before and their maximum."""
-    largest = tl.max(x, 0)
-    first = tl.min(tl.where(x == largest, columns, classes), 0)
+    """The first column of the largest value of each group, given that of the blocks before and the maximum."""
+    largest = tl.max(x, 1)
+    first = tl.min(tl.where(x == largest[:, None], columns, classes), 1)
     return tl.where(largest > maximum, first, best)
 
 
@@ -171,19 +191,20 @@ def row_kernel(
     z_cap: "fp64", z_slope: "fp64", v_cap: "fp64", v_slope: "fp64", z_scale: "fp64",
     t_factor: "fp64", soft_weight: "fp64", hard_weight: "fp64", soft_gain: "fp64", hard_gain: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", number: "fp64",
-    PHI: tl.constexpr, G: tl.constexpr, PARAMS: tl.constexpr,
+    PHI: tl.constexpr, G: tl.constexpr, PARAMS: tl.constexpr, GUARD: tl.constexpr,
     CLOSED: tl.constexpr, TEACHER_WEIGHS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     SUM_G: tl.constexpr, SUM_G_PER_D: tl.constexpr,
     MODE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr,
     MEAN: tl.constexpr, ITEMS: tl.constexpr, COUNTED: tl.constexpr,
     LABELS: tl.constexpr, MASK: tl.constexpr, WEIGHTS: tl.constexpr,
     Z_CAPPED: tl.constexpr, V_CAPPED: tl.constexpr, Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    PADDED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss and figures, its gradient.
 
     Classes, width and the strides of rows come divided by ALIGN, from which the compiler sees how wide an
-    access may be. UNIT says that columns lie side by side; with WHOLE, width <= BLOCK.
+    access may be. UNIT says that columns lie side by side, PADDED that width > classes, GUARD that expressions
+    need help where neither side can produce a class; with WHOLE, width <= BLOCK.
     """
     n = tl.program_id(0).to(tl.int64)
     N = rows.to(tl.int64)
@@ -253,65 +274,92 @@ def row_kernel(
             lse_1 = tl.load(state_ptr + 4 * N + n)
             sum_g = tl.load(state_ptr + 5 * N + n)
         else:
-            # Phase 1: maxima m, references r, sums s of z and v, and of z at T = 1, whose reference is z's at
-            # T times T; the cross sum.
-            mz = zero + NEG_INF
-            mv = mz
-            rz = zero
-            rv = zero
-            sz = zero
-            sv = zero
-            s1 = zero
-            cross = zero
+            # Phase 1, for groups of columns, so that no thread waits for another before the end: maxima m and
+            # sums s relative to them of z and v over T; of z at T = 1, whose reference is that of z over T times
+            # T; the cross sum.
+            groups = tl.zeros([BLOCK // GROUP], R)
+            mz = groups + NEG_INF
+            mv = groups + NEG_INF
+            sz = groups
+            sv = groups
+            s1 = groups
+            cross = groups
             # For the stats: sums of e^y y, and the most probable classes.
-            xz = zero
-            xv = zero
-            best_z = tl.full((), 0, tl.int32)
+            xz = groups
+            xv = groups
+            best_z = tl.zeros([BLOCK // GROUP], tl.int32)
             best_v = best_z
             for start in range(0, end, BLOCK):
                 columns = start + lane
                 inside = columns < classes
                 z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS and CLOSED)
-                z = _capped(z, inside, cap_z, slope_z, Z_CAPPED)
+                z = _grouped(_capped(z, inside, cap_z, slope_z, Z_CAPPED), GROUP)
                 y = z * by_z
                 if STATS:
-                    best_z = _best(y, mz, columns, classes, best_z)
-                mz, ref_z = _grow(mz, y)
-                y -= ref_z
+                    best_z = _best(y, mz, _grouped(columns, GROUP), classes, best_z)
+                top_z = tl.maximum(mz, tl.max(y, 1), propagate_nan=tl.PropagateNan.ALL)
+                ref_z = _reference(top_z)
+                y -= ref_z[:, None]
                 ey = tl.exp(y)
-                moved_z = rz - ref_z
+                moved_z = _moved(mz, ref_z)
                 keep_z = tl.exp(moved_z)
                 if SOFT:
                     u = _read(
                         v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS and CLOSED
                     )
-                    u = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v
+                    u = _grouped(_capped(u, inside, cap_v, slope_v, V_CAPPED), GROUP) * by_v
                     if STATS:
-                        best_v = _best(u, mv, columns, classes, best_v)
-                    mv, ref_v = _grow(mv, u)
-                    u -= ref_v
+                        best_v = _best(u, mv, _grouped(columns, GROUP), classes, best_v)
+                    top_v = tl.maximum(mv, tl.max(u, 1), propagate_nan=tl.PropagateNan.ALL)
+                    ref_v = _reference(top_v)
+                    u -= ref_v[:, None]
                     eu = tl.exp(u)
-                    moved_v = rv - ref_v
+                    moved_v = _moved(mv, ref_v)
                     keep_v = tl.exp(moved_v)
                     if CLOSED:
                         # The sum so far, relative to the new references, and the block's.
                         if TEACHER_WEIGHS:
-                            moved = A * moved_v + B * moved_z
-                            cross = keep_v * (cross + sv * moved) + _cross(eu, u, y, A, B)
+                            so_far = cross + sv * (A * moved_v + B * moved_z)
+                            cross = _carried(keep_v, so_far) + _cross(eu, u, y, A, B)
                         else:
-                            moved = A * moved_z + B * moved_v
-                            cross = keep_z * (cross + sz * moved) + _cross(ey, y, u, A, B)
+                            so_far = cross + sz * (A * moved_z + B * moved_v)
+                            cross = _carried(keep_z, so_far) + _cross(ey, y, u, A, B)
                     if STATS:
                         xv = keep_v * (xv + sv * moved_v) + _cross(eu, u, u, 0.0, 1.0)
-                    sv = sv * keep_v + tl.sum(eu, 0)
-                    rv = ref_v
+                    sv = sv * keep_v + tl.sum(eu, 1)
+                    mv = top_v
                 if STATS:
                     xz = keep_z * (xz + sz * moved_z) + _cross(ey, y, y, 0.0, 1.0)
-                sz = sz * keep_z + tl.sum(ey, 0)
+                sz = sz * keep_z + tl.sum(ey, 1)
+                mz = top_z
                 if HARD == OWN_HARD:
-                    s1 = s1 * tl.exp(moved_z * to_1) + tl.sum(tl.exp(z * by_1 - ref_z * to_1), 0)
-                rz = ref_z
-            if HARD != OWN_HARD:
+                    at_1 = z * by_1 - (ref_z * to_1)[:, None]
+                    s1 = s1 * tl.exp(moved_z * to_1) + tl.sum(tl.exp(at_1), 1)
+
+            # The groups' sums, relative to the row's maxima.
+            top_z = tl.max(mz, 0)
+            rz = _reference(top_z)
+            moved_z = _moved(mz, rz)
+            keep_z = tl.exp(moved_z)
+            top_v = tl.max(mv, 0)
+            rv = _reference(top_v)
+            moved_v = _moved(mv, rv)
+            keep_v = tl.exp(moved_v)
+            if CLOSED:
+                if TEACHER_WEIGHS:
+                    cross = tl.sum(_carried(keep_v, cross + sv * (A * moved_v + B * moved_z)), 0)
+                else:
+                    cross = tl.sum(_carried(keep_z, cross + sz * (A * moved_z + B * moved_v)), 0)
+            if STATS:
+                xz = tl.sum(keep_z * (xz + sz * moved_z), 0)
+                xv = tl.sum(keep_v * (xv + sv * moved_v), 0)
+                best_z = tl.min(tl.where(mz == top_z, best_z, classes), 0)
+                best_v = tl.min(tl.where(mv == top_v, best_v, classes), 0)
+            sz = tl.sum(sz * keep_z, 0)
+            sv = tl.sum(sv * keep_v, 0)
+            if HARD == OWN_HARD:
+                s1 = tl.sum(s1 * tl.exp(moved_z * to_1), 0)
+            else:
                 s1 = sz
             lse_z = tl.log(sz)
             lse_v = tl.log(sv)
@@ -328,8 +376,8 @@ def row_kernel(
                 if SUM_G_PER_D != 0:  # 0 times an infinite D isn't 0
                     sum_g += SUM_G_PER_D * soft
             elif SOFT:
-                phis = tl.zeros([BLOCK], R)
-                gs = tl.zeros([BLOCK], R)
+                phis = tl.zeros([BLOCK // GROUP], R)
+                gs = phis
                 for start in range(0, end, BLOCK):
                     columns = start + lane
                     inside = columns < classes
@@ -339,8 +387,8 @@ def row_kernel(
                     # reference.
                     lq = _capped(z, inside, cap_z, slope_z, Z_CAPPED) * by_z - rz - lse_z
                     lp = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv - lse_v
-                    phis += _apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS)
-                    gs += _apply(G, lq, lp, a0, a1, a2, a3, PARAMS)
+                    phis += tl.sum(_grouped(_apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD), GROUP), 1)
+                    gs += tl.sum(_grouped(_apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD), GROUP), 1)
                 soft = tl.sum(phis, 0)
                 sum_g = tl.sum(gs, 0)
             if MODE == STATE:
@@ -400,13 +448,15 @@ def row_kernel(
                     u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, True)
                     lq = z * by_z - rz - lse_z
                     lp = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv - lse_v
-                    dz = on_soft * (_apply(G, lq, lp, a0, a1, a2, a3, PARAMS) - tl.exp(lq) * sum_g)
+                    dz = on_soft * (_apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD) - tl.exp(lq) * sum_g)
                 if HARD != NO_HARD:
                     dz += on_hard * (tl.exp(z * by_1 - rz * to_1 - lse_1) - (columns == label).to(R))
                 if Z_CAPPED:  # d cap tanh(scale z / cap) / dz
                     e = tl.exp(-2.0 * tl.abs(raw * slope_z))
                     dz *= tl.full((), z_scale, R) * (4.0 * e / ((1.0 + e) * (1.0 + e)))
-                tl.store(out + columns, _rounded(tl.where(inside, dz, 0.0), out), mask=columns < width)
+                if PADDED:  # beyond both softmaxes
+                    dz = tl.where(inside, dz, 0.0)
+                tl.store(out + columns, _rounded(dz, out), mask=columns < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -588,6 +638,13 @@ def count_items(call: Call) -> Items:
     return Items(counted, None, None if given is None else float(given))
 
 
+@lru_cache(maxsize=256)
+def needs_guard(divergence: Divergence, params: tuple[float, ...]) -> bool:
+    """Whether an expression is other than 0 for a class that neither side can produce."""
+    never = torch.full((), -math.inf, device="cpu")
+    return any(expression(never, never, *params).item() != 0 for expression in (divergence.phi, divergence.g))
+
+
 def closed_constants(divergence: Divergence) -> dict[str, bool | float]:
     """The kernel's constants for a divergence's closed form, or for none."""
     closed = divergence.closed or Closed(False, 0.0, 0.0, 0.0, 0.0)
@@ -651,13 +708,14 @@ def launch(
         spec.soft_weight * spec.t_factor * z_scale / T, spec.hard_weight * z_scale,
         *params, number,
         PHI=on_device(divergence.phi), G=on_device(divergence.g), PARAMS=len(spec.params),
+        GUARD=needs_guard(divergence, spec.params), PADDED=classes != width,
         **closed_constants(divergence),
         MODE=mode, SOFT=spec.soft_weight != 0 or spec.stats, HARD=hard.value, STATS=spec.stats,
         MEAN=spec.reduction == "mean", **items.constants,
         LABELS=labels is not None, MASK=mask is not None, WEIGHTS=token_weights is not None,
         Z_CAPPED=spec.student_softcap != 0, V_CAPPED=spec.teacher_softcap != 0,
         Z_UNIT=z.stride(-1) == 1, V_UNIT=v.stride(-1) == 1,
-        R=TYPES[R], BLOCK=config.block, WHOLE=config.whole, ALIGN=align, num_warps=config.warps,
+        R=TYPES[R], BLOCK=config.block, GROUP=config.group, WHOLE=config.whole, ALIGN=align, num_warps=config.warps,
     )  # fmt: skip
 
 
