@@ -202,15 +202,17 @@ def instantiations(
                             "kernel": launch.kernel.fn.__name__, "divergence": divergence, "dtype": dtype,
                             "vocab": vocab, "options": options,
                             "mode": launch.options.get("MODE"), "whole": launch.options.get("WHOLE"),
+                            "block": launch.options["BLOCK"], "lanes": TARGETS[target][2],
                         }  # fmt: skip
                         found.setdefault(key, ([], launch))[0].append(case)
     return found
 
 
 NOTES = """\
-plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights, softcaps and stats,
-too. Registers are a thread's. 16-byte accesses are those in a thread's code, loops not counted out, the fewest of
-all targets: with 16 classes of bfloat16 a thread, 2 for each pass over a side. float16 is computed in two launches.
+plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights, softcaps,
+stats, too. Registers are a thread's. 16-byte accesses are those in its code, loops not counted out, the fewest
+of all targets. A pass over a side is 2 loads where a thread has 32 bytes at once (NVIDIA, no stats), else 1;
+stores are as many, and as many again for the zeros of rows that don't count. float16 takes two launches.
 """
 STATE = 2  # of the modes of the row kernel
 MODES = {None: "", 0: "loss", 1: "loss + gradient", 2: "loss + state", 3: "gradient of state"}

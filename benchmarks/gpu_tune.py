@@ -63,12 +63,14 @@ def tuned(pair: Pair) -> Iterator[list[int]]:
     original: Callable[..., Any] = tuning.triton
     asked = [0]
 
-    def chosen(width: int, *args: Any, **kwargs: Any) -> Any:
+    def chosen(width: int, itemsize: int, *args: Any, **kwargs: Any) -> Any:
         asked[0] += 1
-        config = original(width, *args, **kwargs)
+        config = original(width, itemsize, *args, **kwargs)
         if pair.block is None:
             return config
-        return replace(config, block=pair.block, warps=pair.warps, whole=pair.block >= width)
+        whole = pair.block >= width
+        group = pair.block if whole else 16 // itemsize
+        return replace(config, block=pair.block, group=group, warps=pair.warps, whole=whole)
 
     tuning.triton = chosen
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .spec import Call
 
@@ -93,10 +94,24 @@ class KDFunction(torch.autograd.Function):
             gradient = ctx.backend.scale(saved, upstream, in_place=not _graph_is_kept())
         return gradient, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        """Refused: nothing here carries tangents."""
+        raise RuntimeError(
+            f'backend={ctx.backend.name!r} has no forward-mode derivative: pass backend="reference" to '
+            "kd_loss, which has"
+        )
+
+
+def _forward_ad_level() -> int:
+    # Private, and so guarded: without it a tangent is dropped, as by any function that has none.
+    return getattr(forward_ad, "_current_level", -1)
+
 
 def run_fused(backend: Any, call: Call) -> tuple[Tensor, Tensor | None]:
     """The loss and stats of a fused backend, with a gradient only where one can be asked for."""
-    if call.student.requires_grad and torch.is_grad_enabled():
+    # Where tangents are carried forward, too: `jvp` refuses what would be lost without a word.
+    if (call.student.requires_grad and torch.is_grad_enabled()) or _forward_ad_level() >= 0:
         return KDFunction.apply(call.student, call, backend)
     loss, stats, _ = backend.forward(call, "nothing")
     return loss, stats

@@ -365,7 +365,7 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
                 "token_weights require grad, and kd_loss gives them none; pass token_weights.detach()"
             )
     if num_items is not None:
-        _check_num_items(num_items, spec.reduction)
+        _check_num_items(num_items, spec.reduction, z)
     if options["hard_weight"] is None:
         if labels is not None:
             warn_once(
@@ -401,7 +401,7 @@ def _check_labels(labels: Any, z: Tensor) -> Tensor:
     return labels.long()
 
 
-def _check_num_items(num_items: Any, reduction: str) -> None:
+def _check_num_items(num_items: Any, reduction: str, z: Tensor) -> None:
     if reduction != "mean":
         raise ValueError(
             f"num_items is the denominator of reduction='mean', got reduction={reduction!r}; drop one"
@@ -413,6 +413,11 @@ def _check_num_items(num_items: Any, reduction: str) -> None:
             )
         if num_items.requires_grad:
             raise ValueError("num_items must not require grad; pass num_items.detach()")
+        if num_items.device.type != "cpu" and num_items.device != z.device:
+            raise ValueError(
+                f"num_items must be on the CPU or the logits' device {z.device}, got {num_items.device}; "
+                "move it with .to"
+            )
     elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
     elif not 0 <= num_items < math.inf:

@@ -24,9 +24,13 @@ _ARGUMENTS = (
     "Tensor options, str divergence, int ignore_index, str reduction, bool stats, SymInt classes, str keep, "
     "str? backend"
 )
+# A CUDA graph would hold on to the numbers of the step that it was captured in.
+_TAGS = tuple(getattr(torch.Tag, tag) for tag in ("cudagraph_unsafe",) if hasattr(torch.Tag, tag))
 # kept: the gradient, the rows' state or nothing, as `keep` says; figures: those of KDStats, or nothing.
-torch.library.define("kdkernels::kd_loss_v1", f"({_ARGUMENTS}) -> (Tensor loss, Tensor figures, Tensor kept)")
-torch.library.define("kdkernels::kd_gradient_v1", f"(Tensor upstream, {_ARGUMENTS}, Tensor state) -> Tensor")
+_LOSS = f"({_ARGUMENTS}) -> (Tensor loss, Tensor figures, Tensor kept)"
+_GRADIENT = f"(Tensor upstream, {_ARGUMENTS}, Tensor state) -> Tensor"
+torch.library.define("kdkernels::kd_loss_v1", _LOSS, tags=_TAGS)
+torch.library.define("kdkernels::kd_gradient_v1", _GRADIENT, tags=_TAGS)
 _INPUTS = _ARGUMENTS.count(",") + 1
 
 

@@ -71,8 +71,8 @@ if not torch.cuda.is_available():
         tame(interpreter)
     del os.environ["TRITON_INTERPRET"]
 
-# Where each backend's tensors are. "streaming" is Triton with blocks so small that every row has several: what
-# runs at real vocabularies, on rows that a test can afford.
+# Where each backend's tensors are. "streaming" is Triton with blocks so small that every row has several, as
+# those of real vocabularies have, which a test can't afford.
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU, "streaming": GPU}
 STREAMED = ("test_semantics.py", "test_any_problem_is_within_the_budget", "test_infinite_classes_anywhere")
@@ -188,7 +188,7 @@ def in_small_blocks(width: int, itemsize: int, stats: bool = False, lanes: int =
 
 
 @pytest.fixture(scope="session", params=["reference", "cpu", "triton", "streaming"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of this machine. The C++ one may be missing only where nothing could have built it."""
     name = "triton" if request.param == "streaming" else str(request.param)
     reason = why_not(name)
@@ -198,17 +198,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         if name == "cpu" and shutil.which("g++") is None:
             pytest.skip(f"no g++ to build it: {reason}")
         pytest.fail(f"backend {name!r} can't run here: {reason}")
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "streaming":
-            patch.setattr(tuning, "triton", in_small_blocks)
-        yield name
+    return name
 
 
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     """What a test makes is where its backend runs, so that tests name no device."""
     device = device_of(request.node)
-    with contextlib.nullcontext() if device == "cpu" else torch.device(device):
+    with contextlib.ExitStack() as stack:
+        if backend_of(request.node) == "streaming":
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(tuning, "triton", in_small_blocks)
+        if device != "cpu":
+            stack.enter_context(torch.device(device))
         yield
 
 

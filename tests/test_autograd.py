@@ -10,6 +10,7 @@ import torch
 from conftest import fused
 from tolerances import DIVERGENCES, DTYPES, assert_within_budget, check, keywords, our_loss, our_result
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from truth import Options, truth
@@ -417,3 +418,36 @@ def test_the_function_is_public(backend: str) -> None:
     assert issubclass(KDFunction, torch.autograd.Function)
     loss = kd.kd_loss(logits(2, 5, requires_grad=True), logits(2, 5), backend=backend)
     assert loss.grad_fn is not None and "KDFunction" in loss.grad_fn.name()
+
+
+# Forward mode
+
+
+@fused
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused_and_never_dropped(backend: str, requires_grad: bool) -> None:
+    """A tangent that is lost is a derivative of 0 that nobody asked for; the reference carries it."""
+    z, v, tangent = logits(3, 10), logits(3, 10), logits(3, 10)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(z.requires_grad_(requires_grad), tangent)
+        with pytest.raises(RuntimeError, match='forward-mode.*backend="reference"'):
+            kd.kd_loss(dual, v, backend=backend)
+        carried = forward_ad.unpack_dual(kd.kd_loss(dual, v, backend="reference")).tangent
+        assert carried is not None
+    leaf = z.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(kd.kd_loss(leaf, v, backend=backend), leaf)
+    torch.testing.assert_close(carried.detach(), (gradient * tangent).sum())
+
+
+def test_a_loss_of_each_row_may_be_written_to(backend: str) -> None:
+    """It is a tensor of its own, not a view of the backend's memory."""
+    z, v = logits(4, 10, requires_grad=True), logits(4, 10)
+    for stats in (False, True):
+        if stats:
+            loss, _ = kd.kd_loss_with_stats(z, v, reduction="none", backend=backend)
+        else:
+            loss = kd.kd_loss(z, v, reduction="none", backend=backend)
+        loss.mul_(2.0)
+        expected = kd.kd_loss(z, v, backend=backend) * 8
+        torch.testing.assert_close(loss.sum(), expected)
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), z)[0], torch.autograd.grad(expected, z)[0])

@@ -78,17 +78,14 @@ def _make_gpu(tmp_path: Path, python: str, *arguments: str) -> tuple[int, list[s
 
 @needs_make
 def test_make_gpu_measures_even_where_a_test_fails(tmp_path: Path) -> None:
-    probe, tests, measured = (
-        "-m benchmarks gpu --probe",
-        "-m pytest -m gpu -q",
-        "-m benchmarks gpu --seconds 9",
-    )
+    probe, measured = "-m benchmarks gpu --probe", "-m benchmarks gpu --seconds 9"
+    tests = [f"-m pytest -m gpu -q --shard {i}/8" for i in range(1, 9)]
     code, asked = _make_gpu(tmp_path, "exit 0", "ARGS=--seconds 9")
-    assert (code, asked) == (0, [probe, tests, measured])
+    assert (code, asked[0], sorted(asked[1:-1]), asked[-1]) == (0, probe, tests, measured)
     for failing in ("pytest", "seconds"):
         (tmp_path / "log").unlink()
         code, asked = _make_gpu(tmp_path, f'case "$*" in *{failing}*) exit 1;; esac', "ARGS=--seconds 9")
-        assert (code, asked) == (2, [probe, tests, measured]), failing
+        assert (code, asked[0], sorted(asked[1:-1]), asked[-1]) == (2, probe, tests, measured), failing
 
 
 @needs_make
@@ -752,19 +749,15 @@ def test_pairs_hold_a_row_at_most_and_fill_registers() -> None:
 
 
 def test_a_pair_replaces_what_is_tuned_whatever_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass(frozen=True)
-    class Config:
-        block: int
-        warps: int
-        whole: bool
-
-    monkeypatch.setattr(tuning, "triton", lambda classes, *, dtype: Config(64, 2, True))
+    Config = tuning.TritonConfig
+    monkeypatch.setattr(tuning, "triton", lambda width, itemsize, *, stats: Config(64, 64, 2, True))
     original = tuning.triton
     with gpu_tune.tuned(gpu_tune.Pair(2048, 8)) as asked:
-        assert tuning.triton(50, dtype="bf16") == Config(2048, 8, True)
-        assert asked == [1]
+        assert tuning.triton(50, 2, stats=True) == Config(2048, 2048, 8, True)
+        assert tuning.triton(5000, 2, stats=True) == Config(2048, 8, 8, False)
+        assert asked == [2]
     with gpu_tune.tuned(gpu_tune.Pair()):
-        assert tuning.triton(50, dtype="bf16") == Config(64, 2, True)
+        assert tuning.triton(50, 2, stats=True) == Config(64, 64, 2, True)
     assert tuning.triton is original
 
 

@@ -290,6 +290,12 @@ def test_export_of_an_evaluation_step(backend: str) -> None:
 # The operators themselves
 
 
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_no_cuda_graph_holds_on_to_the_numbers_of_a_step() -> None:
+    """They come in a CPU tensor, which a captured graph would read once."""
+    assert torch.Tag.cudagraph_unsafe in FORWARD.tags and torch.Tag.cudagraph_unsafe in GRADIENT.tags
+
+
 def operator_inputs(
     backend: str, dtype: torch.dtype, keep: str, stats: bool = False, reduction: str = "mean"
 ) -> tuple[Any, ...]:

@@ -277,11 +277,12 @@ def test_an_unavailable_backend(z: Tensor, v: Tensor, name: str) -> None:
 # Devices
 
 
-@pytest.mark.parametrize("name", ["teacher", "labels", "mask", "token_weights"])
+@pytest.mark.parametrize("name", ["teacher", "labels", "mask", "token_weights", "num_items"])
 def test_different_devices(z: Tensor, v: Tensor, backend: str, name: str) -> None:
     """Which one is where."""
     given: dict[str, Any] = {"student": z, "teacher": v, "hard_weight": 0.5, "labels": torch.ones(N).long()}
     given["mask"], given["token_weights"] = torch.ones(N).bool(), torch.ones(N)
+    given["num_items"] = torch.tensor(2.0)
     given[name] = given[name].to("meta")
     with pytest.raises(ValueError, match=says(name, "meta", z.device.type)):
         kd.kd_loss(**given, backend=backend)

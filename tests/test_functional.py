@@ -326,8 +326,11 @@ def test_stats(backend: str, divergence: str | float, reduction: str, weighted: 
     )
     leaf = z.clone().requires_grad_()
     loss, stats = kd.kd_loss_with_stats(leaf, v, labels, backend=backend, **keywords(o))
-    assert torch.equal(loss, our_loss(z, v, labels, o, backend))
-    assert torch.equal(torch.autograd.grad(loss.sum(), leaf)[0], our_result(z, v, labels, o, backend)[1])
+    # Not to the bit: Triton compiles another kernel for them.
+    torch.testing.assert_close(loss, our_loss(z, v, labels, o, backend))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss.sum(), leaf)[0], our_result(z, v, labels, o, backend)[1]
+    )
     assert isinstance(stats, kd.KDStats)
     for name in ("soft", "hard", "student_entropy", "teacher_entropy", "agreement", "accuracy", "counted"):
         figure = getattr(stats, name)

@@ -118,7 +118,7 @@ def _moved(maximum, reference):
 
 @triton.jit
 def _carried(keep, x):
-    """A cross sum so far under its new reference. What can no longer weigh anything is gone, infinite or not."""
+    """A cross sum so far under its new reference. What no longer weighs anything is gone, infinite or not."""
     return tl.where(keep == 0, 0.0, keep * x)
 
 
@@ -155,7 +155,7 @@ def _cross(e, own, other, A: tl.constexpr, B: tl.constexpr):
 
 @triton.jit
 def _best(x, maximum, columns, classes, best):
-    """The first column of the largest value of each group, given that of the blocks before and the maximum."""
+    """The first column of each group's largest value, given that of the blocks before and their maximum."""
     largest = tl.max(x, 1)
     first = tl.min(tl.where(x == largest[:, None], columns, classes), 1)
     return tl.where(largest > maximum, first, best)
@@ -198,13 +198,14 @@ def row_kernel(
     MEAN: tl.constexpr, ITEMS: tl.constexpr, COUNTED: tl.constexpr,
     LABELS: tl.constexpr, MASK: tl.constexpr, WEIGHTS: tl.constexpr,
     Z_CAPPED: tl.constexpr, V_CAPPED: tl.constexpr, Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
-    PADDED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr, ALIGN: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss and figures, its gradient.
 
     Classes, width and the strides of rows come divided by ALIGN, from which the compiler sees how wide an
-    access may be. UNIT says that columns lie side by side, PADDED that width > classes, GUARD that expressions
-    need help where neither side can produce a class; with WHOLE, width <= BLOCK.
+    access may be. UNIT says that columns lie side by side, PADDED that width > classes, GUARD that
+    expressions need help where neither side can produce a class; with WHOLE, width <= BLOCK.
     """
     n = tl.program_id(0).to(tl.int64)
     N = rows.to(tl.int64)
@@ -275,8 +276,8 @@ def row_kernel(
             sum_g = tl.load(state_ptr + 5 * N + n)
         else:
             # Phase 1, for groups of columns, so that no thread waits for another before the end: maxima m and
-            # sums s relative to them of z and v over T; of z at T = 1, whose reference is that of z over T times
-            # T; the cross sum.
+            # sums s relative to them, of z and v over T, and of z at T = 1, whose reference is that of z over
+            # T times T; the cross sum.
             groups = tl.zeros([BLOCK // GROUP], R)
             mz = groups + NEG_INF
             mv = groups + NEG_INF
@@ -325,11 +326,11 @@ def row_kernel(
                             so_far = cross + sz * (A * moved_z + B * moved_v)
                             cross = _carried(keep_z, so_far) + _cross(ey, y, u, A, B)
                     if STATS:
-                        xv = keep_v * (xv + sv * moved_v) + _cross(eu, u, u, 0.0, 1.0)
+                        xv = _carried(keep_v, xv + sv * moved_v) + _cross(eu, u, u, 0.0, 1.0)
                     sv = sv * keep_v + tl.sum(eu, 1)
                     mv = top_v
                 if STATS:
-                    xz = keep_z * (xz + sz * moved_z) + _cross(ey, y, y, 0.0, 1.0)
+                    xz = _carried(keep_z, xz + sz * moved_z) + _cross(ey, y, y, 0.0, 1.0)
                 sz = sz * keep_z + tl.sum(ey, 1)
                 mz = top_z
                 if HARD == OWN_HARD:
@@ -351,8 +352,8 @@ def row_kernel(
                 else:
                     cross = tl.sum(_carried(keep_z, cross + sz * (A * moved_z + B * moved_v)), 0)
             if STATS:
-                xz = tl.sum(keep_z * (xz + sz * moved_z), 0)
-                xv = tl.sum(keep_v * (xv + sv * moved_v), 0)
+                xz = tl.sum(_carried(keep_z, xz + sz * moved_z), 0)
+                xv = tl.sum(_carried(keep_v, xv + sv * moved_v), 0)
                 best_z = tl.min(tl.where(mz == top_z, best_z, classes), 0)
                 best_v = tl.min(tl.where(mv == top_v, best_v, classes), 0)
             sz = tl.sum(sz * keep_z, 0)
@@ -553,13 +554,16 @@ def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None
     student, spec = call.student, call.spec
     leading, rows = student.shape[:-1], student.shape[:-1].numel()
     R, device = working_dtype(call), student.device
-    figures = torch.empty(FIGURES.value if spec.stats else 1, rows, dtype=R, device=device)
+    each = spec.reduction == "none"
+    # Without stats the rows' losses are the only figures, and returned as they are, not as a view of more.
+    shape = (FIGURES.value, rows) if spec.stats else leading if each else (rows,)
+    figures = torch.empty(shape, dtype=R, device=device)
     kept = None
     if keep == "gradient":
         kept = torch.empty(student.shape, dtype=student.dtype, device=device)
     elif keep == "state":
         kept = torch.empty(STATE_ROWS, rows, dtype=R, device=device)
-    loss = None if spec.reduction == "none" else torch.empty((), dtype=R, device=device)
+    loss = None if each else torch.empty((), dtype=R, device=device)
     stats = torch.empty(STATS, dtype=R, device=device) if spec.stats else None
     items = count_items(call)
     with _launching(student):
@@ -573,7 +577,9 @@ def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None
                 LOSS_MEAN=spec.reduction == "mean", STATS_MEAN=spec.reduction != "sum", **items.constants,
                 STATS=spec.stats, BLOCK=ROWS_AT_ONCE, num_warps=8,
             )  # fmt: skip
-    return figures[0].reshape(leading) if loss is None else loss, stats, kept
+    if loss is None:
+        loss = figures[0].reshape(leading).clone() if spec.stats else figures
+    return loss, stats, kept
 
 
 def gradient(upstream: Tensor, call: Call, state: Tensor) -> Tensor:
@@ -715,7 +721,8 @@ def launch(
         LABELS=labels is not None, MASK=mask is not None, WEIGHTS=token_weights is not None,
         Z_CAPPED=spec.student_softcap != 0, V_CAPPED=spec.teacher_softcap != 0,
         Z_UNIT=z.stride(-1) == 1, V_UNIT=v.stride(-1) == 1,
-        R=TYPES[R], BLOCK=config.block, GROUP=config.group, WHOLE=config.whole, ALIGN=align, num_warps=config.warps,
+        WHOLE=config.whole, R=TYPES[R], BLOCK=config.block, GROUP=config.group, ALIGN=align,
+        num_warps=config.warps,
     )  # fmt: skip
 
 
