@@ -209,9 +209,9 @@ def instantiations(
 
 
 NOTES = """\
-plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights, softcaps,
-stats, too. Registers are a thread's. 16-byte accesses are those in its code, loops not counted out, the fewest
-of all targets. A pass over a side is 2 loads where a thread has 32 bytes at once (NVIDIA, no stats), else 1;
+plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights, softcaps
+and stats, too. Registers are a thread's; 16-byte accesses are those in its code, loops not counted out, the
+fewest of all targets. A pass over a side is 2 loads where a thread has 32 bytes at once (NVIDIA, no stats), else 1;
 stores are as many, and as many again for the zeros of rows that don't count. float16 takes two launches.
 """
 STATE = 2  # of the modes of the row kernel

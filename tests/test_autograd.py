@@ -430,7 +430,7 @@ def test_forward_mode_is_refused_and_never_dropped(backend: str, requires_grad: 
     z, v, tangent = logits(3, 10), logits(3, 10), logits(3, 10)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(z.requires_grad_(requires_grad), tangent)
-        with pytest.raises(RuntimeError, match='forward-mode.*backend="reference"'):
+        with pytest.raises(RuntimeError, match=r'forward-mode.*backend="reference"'):
             kd.kd_loss(dual, v, backend=backend)
         carried = forward_ad.unpack_dual(kd.kd_loss(dual, v, backend="reference")).tangent
         assert carried is not None

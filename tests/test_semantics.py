@@ -357,7 +357,7 @@ def test_rows_far_from_zero(backend: str, divergence: str | float, shift: float)
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_classes_as_low_as_the_dtype_goes(backend: str, divergence: str | float) -> None:
-    """What many models write for a masked class: differences from it overflow, and then 0 times them is NaN."""
+    """What many models write for a masked class: differences from it overflow, and 0 times that is NaN."""
     z, v = (logits(3, 120, dtype=torch.float32) for _ in range(2))
     z[:, :40] = v[:, :40] = torch.finfo(torch.float32).min
     z[1, 40:80] = torch.finfo(torch.float32).min
