@@ -210,9 +210,9 @@ def instantiations(
 
 NOTES = """\
 plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights, softcaps
-and stats, too. Registers are a thread's; 16-byte accesses are those in its code, loops not counted out, the
-fewest of all targets. A pass over a side is 2 loads where a thread has 32 bytes at once (NVIDIA, no stats), else 1;
-stores are as many, and as many again for the zeros of rows that don't count. float16 takes two launches.
+and stats, too. Registers are a thread's; 16-byte accesses are those in its code, loops not counted out. On NVIDIA,
+a pass over a side is 2 loads, or 1 with stats; stores are as many, and as many again for the zeros of rows that
+don't count. float16 takes two launches.
 """
 STATE = 2  # of the modes of the row kernel
 MODES = {None: "", 0: "loss", 1: "loss + gradient", 2: "loss + state", 3: "gradient of state"}
@@ -232,9 +232,10 @@ def table(builds: list[dict[str, Any]], targets: Sequence[str]) -> tuple[list[st
         registers = [str(on[t]["registers"]) if t in on else "" for t in targets]
         spilled = sum(found["spills"] for found in on.values())
         shared = max(found["shared"] for found in on.values())
-        wide = [min(found[f"wide_{kind}"] for found in on.values()) for kind in ("loads", "stores")]
+        wide = (on[targets[0]]["wide_loads"], on[targets[0]]["wide_stores"]) if targets[0] in on else ("", "")
         rows.append([*key, *registers, *map(str, (*wide, shared, spilled))])
-    return [*head, "16-byte loads", "stores", "shared bytes", "spilled bytes"], rows
+    accesses = [f"{targets[0]} 16-byte {kind}" for kind in ("loads", "stores")]
+    return [*head, *accesses, "shared bytes", "spilled bytes"], rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
