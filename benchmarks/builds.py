@@ -209,10 +209,10 @@ def instantiations(
 
 
 NOTES = """\
-plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights, softcaps
-and stats, too. Registers are a thread's; 16-byte accesses are those in its code, loops not counted out. A pass
-over a side is 2 loads there, or 1 with stats; stores are as many, and as many again for the zeros of rows that
-don't count. float16 takes two launches.
+plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights,
+softcaps and stats, too. Registers are a thread's; 16-byte accesses are those in its code, loops not
+counted out. A pass over a side is 2 loads there, or 1 with stats; stores are as many, and as many again
+for the zeros of rows that don't count. float16 takes two launches.
 """
 STATE = 2  # of the modes of the row kernel
 MODES = {None: "", 0: "loss", 1: "loss + gradient", 2: "loss + state", 3: "gradient of state"}
