@@ -23,7 +23,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from .. import tuning
 from ..divergences import TABLE, Closed, Divergence
 from ..layout import common_rows
-from ..reference import label_error
+from ..reference import check_labels, compute_dtype, counted_rows
 from ..spec import STATE_ROWS, STATS, Call
 from . import triton_math
 
@@ -36,6 +36,7 @@ LOSS, GRADIENT, STATE, SCALED_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.co
 NO_HARD, SHARED_HARD, OWN_HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What a mean divides by: a number, a tensor, the count of the rows.
 NUMBER, TENSOR, COUNT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+STATE_NUMBERS = tl.constexpr(STATE_ROWS)
 FIGURES = tl.constexpr(8)  # a row's loss, soft term, hard term, two entropies, agreement, accuracy, labelled
 
 
@@ -231,7 +232,7 @@ def row_kernel(
                 for k in tl.static_range(1, FIGURES):
                     tl.store(rows_ptr + k * N + n, 0.0)
         if MODE == STATE:
-            for k in tl.static_range(0, 6):
+            for k in tl.static_range(STATE_NUMBERS):
                 tl.store(state_ptr + k * N + n, 0.0)
         if MODE == GRADIENT or MODE == SCALED_GRADIENT:
             nothing = tl.zeros([BLOCK], R).to(gradient_ptr.dtype.element_ty)
@@ -553,7 +554,7 @@ def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None
     """The loss, the stats where the spec asks for them, and what is kept for backward."""
     student, spec = call.student, call.spec
     leading, rows = student.shape[:-1], student.shape[:-1].numel()
-    R, device = working_dtype(call), student.device
+    R, device = compute_dtype(student, call.teacher), student.device
     each = spec.reduction == "none"
     # Without stats the rows' losses are the only figures, and returned as they are, not as a view of more.
     shape = (FIGURES.value, rows) if spec.stats else leading if each else (rows,)
@@ -617,11 +618,6 @@ def _launching(tensor: Tensor) -> AbstractContextManager[Any]:
 def lanes(device: torch.device) -> int:
     """Threads of a warp: 64 on some of AMD's GPUs."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
-
-
-def working_dtype(call: Call) -> torch.dtype:
-    """float64 where either side is; float32 for everything else."""
-    return torch.float64 if torch.float64 in (call.student.dtype, call.teacher.dtype) else torch.float32
 
 
 def count_items(call: Call) -> Items:
@@ -690,10 +686,12 @@ def launch(
     params = (*spec.params, *[0.0] * (4 - len(spec.params)))
     uses_labels = labels is not None and (spec.hard_weight != 0 or spec.stats)
     hard = NO_HARD if not uses_labels else SHARED_HARD if T == 1 else OWN_HARD
-    if uses_labels and student.device.type == "cpu":
-        _check_labels(call)
+    if labels is not None and uses_labels and student.device.type == "cpu":
+        # Elsewhere looking would wait for the device.
+        labelled = counted_rows(student, labels, mask, spec.ignore_index) & (labels != spec.ignore_index)
+        check_labels(torch.where(labelled, labels, 0), classes)
     counted, given, number = items.arguments
-    R = working_dtype(call)
+    R = compute_dtype(student, teacher)
     itemsize = max(student.element_size(), teacher.element_size())
     config = tuning.triton(width, itemsize, spec.stats, lanes(student.device))
     align = math.gcd(ALIGNMENT, classes, width, *z_strides, *v_strides)
@@ -724,15 +722,3 @@ def launch(
         WHOLE=config.whole, R=TYPES[R], BLOCK=config.block, GROUP=config.group, ALIGN=align,
         num_warps=config.warps,
     )  # fmt: skip
-
-
-def _check_labels(call: Call) -> None:
-    """The error of every backend on a CPU, where looking at the labels waits for nothing."""
-    assert call.labels is not None
-    labels = call.labels.flatten()
-    wrong = (labels != call.spec.ignore_index) & ((labels < 0) | (labels >= call.classes))
-    if call.mask is not None:
-        wrong &= call.mask.flatten()
-    if wrong.any():
-        row = int(wrong.int().argmax())
-        raise ValueError(label_error(int(labels[row]), row, labels.numel(), call.classes))
