@@ -24,7 +24,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.autograd import what_to_keep
-from kdkernels.bench import markdown_table, print_table, write_json
+from kdkernels.bench import markdown_table, print_table
 from kdkernels.divergences import TABLE
 from kdkernels.functional import checked_call, complete
 
@@ -267,7 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_table(title, head, rows, left=5)
     if not arguments:
         document = {"schema": 1, "command": "python -m benchmarks builds", "triton": triton.__version__}
-        write_json(RESULTS / "triton-builds.json", {**document, "builds": builds})
+        # A line for each build, so that a change of one is a change of a line.
+        lines = ",\n".join(json.dumps(found) for found in builds)
+        whole = json.dumps({**document, "builds": []}).replace("[]", f"[\n{lines}\n]")
+        (RESULTS / "triton-builds.json").write_text(f"{whole}\n")
         text = f"{title}: `{document['command']}`.\n\n{NOTES}\n{markdown_table(head, rows, left=5)}\n"
         (RESULTS / "triton-builds.md").write_text(text)
         print(f"written: {RESULTS / 'triton-builds.json'} and the table beside it")
