@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import kdkernels as kd
-from benchmarks import gpu
+from benchmarks import gpu_harness
 from benchmarks.cases import OBJECTIVES, Case, Inputs, LossFn, Method, build, last_line
 from benchmarks.logits_report import number
 from kdkernels import bench, tuning
@@ -94,7 +94,7 @@ def tune_case(
     inputs: Inputs,
     ceiling: bench.Contestant,
     clock: Clock,
-    settings: gpu.Settings,
+    settings: gpu_harness.Settings,
     now: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """The times of all pairs on one case, those that fail or are wrong among them, as a JSON object.
@@ -108,15 +108,15 @@ def tune_case(
     for pair in pairs(case.vocab):
         now(str(pair))
         with tuned(pair) as asked:
-            found = gpu.compare(loss, inputs, case)
+            found = gpu_harness.compare(loss, inputs, case)
         if found.problem is None and not asked[0]:
             problems[str(pair)] = "failed: kdkernels.tuning.triton was not asked, so that nothing was changed"
         elif found.problem is not None:
             problems[str(pair)] = found.problem
-            gpu.release(device)
+            gpu_harness.release(device)
         else:
             runs.append(bench.Contestant(str(pair), with_pair(pair, inputs.step(loss))))
-    timings, failed = gpu.race_those_that_can(
+    timings, failed = gpu_harness.race_those_that_can(
         [*runs, ceiling],
         device,
         sets=len(inputs.sets),
@@ -127,7 +127,7 @@ def tune_case(
         max_rounds=200,
         on_round=lambda number: now("timing"),
     )
-    copy = gpu.figures(timings.get(ceiling.name), 2 * settings.copy_bytes)
+    copy = gpu_harness.figures(timings.get(ceiling.name), 2 * settings.copy_bytes)
     bandwidth = None if copy is None else copy["gb_per_s"]
     problems |= failed
     entries = [
@@ -135,7 +135,7 @@ def tune_case(
             "block": pair.block,
             "warps": pair.warps,
             "problem": problems.get(str(pair)),
-            "times": gpu.figures(timings.get(str(pair)), case.traffic_bytes, bandwidth),
+            "times": gpu_harness.figures(timings.get(str(pair)), case.traffic_bytes, bandwidth),
         }
         for pair in pairs(case.vocab)
     ]
@@ -148,7 +148,7 @@ def tune_case(
     }
 
 
-def tune_process(send: Callable[[Any], None], plan: list[Case], settings: gpu.Settings) -> None:
+def tune_process(send: Callable[[Any], None], plan: list[Case], settings: gpu_harness.Settings) -> None:
     """Times the cases of a plan, as long as there is time, and sends each as it is done."""
     deadline = time.perf_counter() + settings.seconds
     warnings.simplefilter("ignore", UserWarning)
@@ -160,8 +160,8 @@ def tune_process(send: Callable[[Any], None], plan: list[Case], settings: gpu.Se
             return
         if made_for != (case.rows, case.vocab, case.dtype):
             made_for, inputs = (case.rows, case.vocab, case.dtype), None
-            gpu.release(device)
-            inputs = gpu.make_inputs(case, device)
+            gpu_harness.release(device)
+            inputs = gpu_harness.make_inputs(case, device)
         assert inputs is not None
         result = tune_case(
             case, inputs, ceiling, clock, settings, now=lambda what, case=case: send(("now", case, what))
@@ -192,7 +192,7 @@ HEAD = ("block", *(f"{warps} warps, ms" for warps in WARPS))
 
 def main(options: argparse.Namespace, device: torch.device, command: Sequence[str]) -> int:
     """Tunes what the options ask for, prints the tables and returns the exit status."""
-    settings = gpu.settings_for(options, device)
+    settings = gpu_harness.settings_for(options, device)
     plan = [
         Case(*shape, dtype, objective)
         for shape in options.shapes or SHAPES
@@ -214,7 +214,12 @@ def main(options: argparse.Namespace, device: torch.device, command: Sequence[st
     with progress.phase("tuning", len(plan)):
         try:
             bench.run_isolated(
-                tune_process, plan, settings, on_message=receive, preload=gpu.PRELOAD, patience=gpu.PATIENCE
+                tune_process,
+                plan,
+                settings,
+                on_message=receive,
+                preload=gpu_harness.PRELOAD,
+                patience=gpu_harness.PATIENCE,
             )
         except bench.ProcessDied as error:
             stopped = last_line(str(error))
@@ -231,10 +236,10 @@ def main(options: argparse.Namespace, device: torch.device, command: Sequence[st
         bench.write_json(
             options.json,
             {
-                "schema": gpu.SCHEMA,
+                "schema": gpu_harness.SCHEMA,
                 "command": command_line("benchmarks", command),
                 "kdkernels": kd.__version__,
-                "environment": gpu.environment(device),
+                "environment": gpu_harness.environment(device),
                 "settings": asdict(settings),
                 "cases": list(results.values()),
             },

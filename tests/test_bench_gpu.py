@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import benchmarks.__main__
-from benchmarks import cases, eager, gpu, gpu_report, gpu_tune, liger
+from benchmarks import cases, eager, gpu, gpu_harness, gpu_report, gpu_tune, liger
 from benchmarks.cases import Case, Method
 from kdkernels import bench, tuning
 from kdkernels.bench.timing import CudaClock, WallClock, repeats_for
@@ -233,7 +233,7 @@ def test_eager_is_right_on_the_device_too(
     objective: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Three rows at a time, the last part shorter.
-    monkeypatch.setattr(gpu, "ELEMENTS", 3 * 301)
+    monkeypatch.setattr(gpu_harness, "ELEMENTS", 3 * 301)
     case = Case(8, 301, dtype, objective)
     inputs = gpu.DeviceInputs(8, 301, dtype, CPU, sets=2)
     assert (inputs.upstream is None) == (dtype != "float16")
@@ -282,7 +282,7 @@ def _broken(z: Tensor, v: Tensor, labels: Tensor) -> Tensor:
     ],
 )
 def test_what_is_wrong_is_found(loss: cases.LossFn, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "ELEMENTS", 50)
+    monkeypatch.setattr(gpu_harness, "ELEMENTS", 50)
     case = Case(4, 50, "float32", "forward_kl")
     found = gpu.compare(loss, gpu.DeviceInputs(4, 50, "float32", CPU, 1), case)
     assert found.problem is not None
