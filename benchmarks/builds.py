@@ -187,13 +187,13 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
 
 
 def instantiations(
-    target: str, dtypes: Sequence[str], option_sets: Sequence[str]
+    target: str, dtypes: Sequence[str], option_sets: Sequence[str], vocabularies: Sequence[int]
 ) -> dict[str, tuple[list[dict[str, Any]], Launch]]:
     """The different builds behind every divergence, dtype, vocabulary and set of options."""
     found: dict[str, tuple[list[dict[str, Any]], Launch]] = {}
     for divergence in TABLE:
         for dtype in dtypes:
-            for vocab in VOCABULARIES:
+            for vocab in vocabularies:
                 for options in option_sets:
                     for launch in launches_of(target, divergence, dtype, vocab, options):
                         warps = launch.options.get("num_warps", 4)
@@ -244,11 +244,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16", "fp32"])
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
     parser.add_argument("--lines", action="store_true", help="a JSON line for each build, and no file")
     chosen = parser.parse_args(arguments)
     builds: list[dict[str, Any]] = []
     for target in chosen.targets:
-        for cases, launch in instantiations(target, chosen.dtypes, chosen.options).values():
+        for cases, launch in instantiations(
+            target, chosen.dtypes, chosen.options, chosen.vocabularies
+        ).values():
             case = {
                 **cases[0],
                 "vocab": sorted({c["vocab"] for c in cases}),

@@ -70,7 +70,7 @@ def tuned(pair: Pair) -> Iterator[list[int]]:
             return config
         whole = pair.block >= width
         group = pair.block if whole else 16 // itemsize
-        return replace(config, block=pair.block, group=group, warps=pair.warps, whole=whole)
+        return replace(config, block=pair.block, group=group, strided=False, warps=pair.warps, whole=whole)
 
     tuning.triton = chosen
     try:

@@ -43,13 +43,15 @@ class TritonConfig:
 
     Attributes:
         block: Classes that a program works on at once.
-        group: Neighbours among them that share a running maximum and sums until the end of the row.
+        group: How many of them share a running maximum and sums until the end of the row.
+        strided: Whether those are columns block / group apart, and not neighbours.
         warps: Warps of a program.
         whole: Whether the block holds the row, so that it is read once and kept.
     """
 
     block: int
     group: int
+    strided: bool
     warps: int
     whole: bool
 
@@ -60,8 +62,10 @@ TRITON_WHOLE = 4096
 TRITON_WARPS = 8  # of a program that streams
 
 
-def triton(width: int, itemsize: int, stats: bool = False, lanes: int = 32) -> TritonConfig:
+def triton(width: int, itemsize: int, align: int, stats: bool = False, lanes: int = 32) -> TritonConfig:
     """The configuration for rows of a width, of logits of a size in bytes, on warps of so many lanes.
+
+    Rows begin at multiples of `align` classes, up to 8.
 
     Not measured on a GPU; chosen from what builds for sm_80, sm_90, sm_100 and gfx942 use (`python -m
     benchmarks builds`). 32 bytes a thread and side are two accesses of the widest kind: with 16 classes of
@@ -73,7 +77,11 @@ def triton(width: int, itemsize: int, stats: bool = False, lanes: int = 32) -> T
     # Narrower blocks would only be more builds.
     block = max(256, 1 << (width - 1).bit_length())
     if block <= TRITON_WHOLE:
-        return TritonConfig(block, block, max(1, block // (lanes * a_thread)), whole=True)
-    # A group is what a thread reads at once: a sum over it crosses no threads, and those over all of a block,
-    # 5 with 3 barriers each, come once a row and not once a block.
-    return TritonConfig(TRITON_WARPS * lanes * a_thread, 16 // itemsize, TRITON_WARPS, whole=False)
+        return TritonConfig(block, block, False, max(1, block // (lanes * a_thread)), whole=True)
+    # A group is of one thread: a sum over it crosses no others, and those over all of a block, 5 with 3
+    # barriers each, come once a row and not once a block. What a thread has of a block are neighbours that it
+    # reads at once, or, of rows that begin anywhere, columns far apart.
+    block, at_once = TRITON_WARPS * lanes * a_thread, 16 // itemsize
+    if align >= at_once:
+        return TritonConfig(block, at_once, False, TRITON_WARPS, whole=False)
+    return TritonConfig(block, max(1, a_thread // align), True, TRITON_WARPS, whole=False)

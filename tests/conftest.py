@@ -182,9 +182,12 @@ def why_not(backend: str) -> str | None:
     return kd.explain(logits, logits).reasons[backend]
 
 
-def in_small_blocks(width: int, itemsize: int, stats: bool = False, lanes: int = 32) -> TritonConfig:
+def in_small_blocks(
+    width: int, itemsize: int, align: int, stats: bool = False, lanes: int = 32
+) -> TritonConfig:
     """What `tuning.triton` says of rows of more than 4,096, for rows of more than a block of 32."""
-    return TritonConfig(32, 16 // itemsize, 1, whole=False)
+    strided = align < 16 // itemsize
+    return TritonConfig(32, 4 if strided else 16 // itemsize, strided, 1, whole=False)
 
 
 @pytest.fixture(scope="session", params=["reference", "cpu", "triton", "streaming"])

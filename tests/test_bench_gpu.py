@@ -750,14 +750,14 @@ def test_pairs_hold_a_row_at_most_and_fill_registers() -> None:
 
 def test_a_pair_replaces_what_is_tuned_whatever_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     Config = tuning.TritonConfig
-    monkeypatch.setattr(tuning, "triton", lambda width, itemsize, *, stats: Config(64, 64, 2, True))
+    monkeypatch.setattr(tuning, "triton", lambda width, itemsize, *, stats: Config(64, 64, False, 2, True))
     original = tuning.triton
     with gpu_tune.tuned(gpu_tune.Pair(2048, 8)) as asked:
-        assert tuning.triton(50, 2, stats=True) == Config(2048, 2048, 8, True)
-        assert tuning.triton(5000, 2, stats=True) == Config(2048, 8, 8, False)
+        assert tuning.triton(50, 2, stats=True) == Config(2048, 2048, False, 8, True)
+        assert tuning.triton(5000, 2, stats=True) == Config(2048, 8, False, 8, False)
         assert asked == [2]
     with gpu_tune.tuned(gpu_tune.Pair()):
-        assert tuning.triton(50, 2, stats=True) == Config(64, 64, 2, True)
+        assert tuning.triton(50, 2, stats=True) == Config(64, 64, False, 2, True)
     assert tuning.triton is original
 
 

@@ -95,6 +95,16 @@ def test_float64_builds() -> None:
     }
 
 
+@needs_triton
+def test_rows_that_begin_anywhere() -> None:
+    """GPT-2's 50,257 classes: narrow accesses, no spill, and room for two programs a multiprocessor."""
+    found = built("--targets", "sm_90", "--dtypes", "bf16", "--vocabularies", "50257")
+    rows = [b for b in found if b["kernel"] == "row_kernel"]
+    assert {b["divergence"] for b in rows} == set(TABLE)
+    for b in rows:
+        assert b["wide_loads"] == 0 and b["spills"] == 0 and b["registers"] <= 128, b
+
+
 def built(*options: str) -> list[dict[str, Any]]:
     """What the builds use; in a process of its own, since in this one the kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

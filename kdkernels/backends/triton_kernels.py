@@ -100,9 +100,18 @@ def _rounded(x, pointer):
 
 
 @triton.jit
-def _grouped(x, GROUP: tl.constexpr):
-    """A block as groups, [BLOCK / GROUP, GROUP]."""
-    return tl.reshape(x, [x.shape[0] // GROUP, GROUP])
+def _grouped(x, GROUP: tl.constexpr, AXIS: tl.constexpr):
+    """A block as groups along AXIS: of neighbours, [.., GROUP], or of strided columns, [GROUP, ..]."""
+    if AXIS == 1:
+        return tl.reshape(x, [x.shape[0] // GROUP, GROUP])
+    else:
+        return tl.reshape(x, [GROUP, x.shape[0] // GROUP])
+
+
+@triton.jit
+def _spread(x, AXIS: tl.constexpr):
+    """A number of each group, for each of its members."""
+    return tl.expand_dims(x, AXIS)
 
 
 @triton.jit
@@ -146,19 +155,19 @@ def _apply(expression: tl.constexpr, lq, lp, p0, p1, p2, p3, PARAMS: tl.constexp
 
 
 @triton.jit
-def _cross(e, own, other, A: tl.constexpr, B: tl.constexpr):
+def _cross(e, own, other, A: tl.constexpr, B: tl.constexpr, AXIS: tl.constexpr):
     """Sums of e (A own + B other). What the weighing side can't produce contributes nothing; NaN stays."""
     term = B * other
     if A != 0:
         term += A * own
-    return tl.sum(tl.where(e == 0, 0.0, e * term), 1)
+    return tl.sum(tl.where(e == 0, 0.0, e * term), AXIS)
 
 
 @triton.jit
-def _best(x, maximum, columns, classes, best):
+def _best(x, maximum, columns, classes, best, AXIS: tl.constexpr):
     """The first column of each group's largest value, given that of the blocks before and their maximum."""
-    largest = tl.max(x, 1)
-    first = tl.min(tl.where(x == largest[:, None], columns, classes), 1)
+    largest = tl.max(x, AXIS)
+    first = tl.min(tl.where(x == _spread(largest, AXIS), columns, classes), AXIS)
     return tl.where(largest > maximum, first, best)
 
 
@@ -200,7 +209,7 @@ def row_kernel(
     LABELS: tl.constexpr, MASK: tl.constexpr, WEIGHTS: tl.constexpr,
     Z_CAPPED: tl.constexpr, V_CAPPED: tl.constexpr, Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
     PADDED: tl.constexpr, WHOLE: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ALIGN: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss and figures, its gradient.
 
@@ -295,13 +304,13 @@ def row_kernel(
                 columns = start + lane
                 inside = columns < classes
                 z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS and CLOSED)
-                z = _grouped(_capped(z, inside, cap_z, slope_z, Z_CAPPED), GROUP)
+                z = _grouped(_capped(z, inside, cap_z, slope_z, Z_CAPPED), GROUP, AXIS)
                 y = z * by_z
                 if STATS:
-                    best_z = _best(y, mz, _grouped(columns, GROUP), classes, best_z)
-                top_z = tl.maximum(mz, tl.max(y, 1), propagate_nan=tl.PropagateNan.ALL)
+                    best_z = _best(y, mz, _grouped(columns, GROUP, AXIS), classes, best_z, AXIS)
+                top_z = tl.maximum(mz, tl.max(y, AXIS), propagate_nan=tl.PropagateNan.ALL)
                 ref_z = _reference(top_z)
-                y -= ref_z[:, None]
+                y -= _spread(ref_z, AXIS)
                 ey = tl.exp(y)
                 moved_z = _moved(mz, ref_z)
                 keep_z = tl.exp(moved_z)
@@ -309,12 +318,12 @@ def row_kernel(
                     u = _read(
                         v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS and CLOSED
                     )
-                    u = _grouped(_capped(u, inside, cap_v, slope_v, V_CAPPED), GROUP) * by_v
+                    u = _grouped(_capped(u, inside, cap_v, slope_v, V_CAPPED), GROUP, AXIS) * by_v
                     if STATS:
-                        best_v = _best(u, mv, _grouped(columns, GROUP), classes, best_v)
-                    top_v = tl.maximum(mv, tl.max(u, 1), propagate_nan=tl.PropagateNan.ALL)
+                        best_v = _best(u, mv, _grouped(columns, GROUP, AXIS), classes, best_v, AXIS)
+                    top_v = tl.maximum(mv, tl.max(u, AXIS), propagate_nan=tl.PropagateNan.ALL)
                     ref_v = _reference(top_v)
-                    u -= ref_v[:, None]
+                    u -= _spread(ref_v, AXIS)
                     eu = tl.exp(u)
                     moved_v = _moved(mv, ref_v)
                     keep_v = tl.exp(moved_v)
@@ -322,21 +331,21 @@ def row_kernel(
                         # The sum so far, relative to the new references, and the block's.
                         if TEACHER_WEIGHS:
                             so_far = cross + sv * (A * moved_v + B * moved_z)
-                            cross = _carried(keep_v, so_far) + _cross(eu, u, y, A, B)
+                            cross = _carried(keep_v, so_far) + _cross(eu, u, y, A, B, AXIS)
                         else:
                             so_far = cross + sz * (A * moved_z + B * moved_v)
-                            cross = _carried(keep_z, so_far) + _cross(ey, y, u, A, B)
+                            cross = _carried(keep_z, so_far) + _cross(ey, y, u, A, B, AXIS)
                     if STATS:
-                        xv = _carried(keep_v, xv + sv * moved_v) + _cross(eu, u, u, 0.0, 1.0)
-                    sv = sv * keep_v + tl.sum(eu, 1)
+                        xv = _carried(keep_v, xv + sv * moved_v) + _cross(eu, u, u, 0.0, 1.0, AXIS)
+                    sv = sv * keep_v + tl.sum(eu, AXIS)
                     mv = top_v
                 if STATS:
-                    xz = _carried(keep_z, xz + sz * moved_z) + _cross(ey, y, y, 0.0, 1.0)
-                sz = sz * keep_z + tl.sum(ey, 1)
+                    xz = _carried(keep_z, xz + sz * moved_z) + _cross(ey, y, y, 0.0, 1.0, AXIS)
+                sz = sz * keep_z + tl.sum(ey, AXIS)
                 mz = top_z
                 if HARD == OWN_HARD:
-                    at_1 = z * by_1 - (ref_z * to_1)[:, None]
-                    s1 = s1 * tl.exp(moved_z * to_1) + tl.sum(tl.exp(at_1), 1)
+                    at_1 = z * by_1 - _spread(ref_z * to_1, AXIS)
+                    s1 = s1 * tl.exp(moved_z * to_1) + tl.sum(tl.exp(at_1), AXIS)
 
             # The groups' sums, relative to the row's maxima.
             top_z = tl.max(mz, 0)
@@ -389,8 +398,10 @@ def row_kernel(
                     # reference.
                     lq = _capped(z, inside, cap_z, slope_z, Z_CAPPED) * by_z - rz - lse_z
                     lp = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv - lse_v
-                    phis += tl.sum(_grouped(_apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD), GROUP), 1)
-                    gs += tl.sum(_grouped(_apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD), GROUP), 1)
+                    phi = _apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
+                    g = _apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
+                    phis += tl.sum(_grouped(phi, GROUP, AXIS), AXIS)
+                    gs += tl.sum(_grouped(g, GROUP, AXIS), AXIS)
                 soft = tl.sum(phis, 0)
                 sum_g = tl.sum(gs, 0)
             if MODE == STATE:
@@ -598,8 +609,8 @@ def scale(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
     width = gradient.shape[-1]
     if gradient.numel():
         upstream, stride = (upstream, 0) if upstream.dim() == 0 else (upstream.contiguous(), 1)
-        config = tuning.triton(width, gradient.element_size(), lanes=lanes(gradient.device))
         align = math.gcd(ALIGNMENT, width)
+        config = tuning.triton(width, gradient.element_size(), align, lanes=lanes(gradient.device))
         with _launching(gradient):
             scale_kernel[(gradient.numel() // width,)](
                 gradient, out, upstream, stride, width // align,
@@ -693,8 +704,9 @@ def launch(
     counted, given, number = items.arguments
     R = compute_dtype(student, teacher)
     itemsize = max(student.element_size(), teacher.element_size())
-    config = tuning.triton(width, itemsize, spec.stats, lanes(student.device))
     align = math.gcd(ALIGNMENT, classes, width, *z_strides, *v_strides)
+    units = z.stride(-1) == 1, v.stride(-1) == 1
+    config = tuning.triton(width, itemsize, align if all(units) else 1, spec.stats, lanes(student.device))
     z_strides, v_strides = ([x // align for x in strides] for strides in (z_strides, v_strides))
     row_kernel[(rows,)](
         z, v, gradient, figures, state,
@@ -718,7 +730,7 @@ def launch(
         MEAN=spec.reduction == "mean", **items.constants,
         LABELS=labels is not None, MASK=mask is not None, WEIGHTS=token_weights is not None,
         Z_CAPPED=spec.student_softcap != 0, V_CAPPED=spec.teacher_softcap != 0,
-        Z_UNIT=z.stride(-1) == 1, V_UNIT=v.stride(-1) == 1,
-        WHOLE=config.whole, R=TYPES[R], BLOCK=config.block, GROUP=config.group, ALIGN=align,
+        Z_UNIT=units[0], V_UNIT=units[1], WHOLE=config.whole,
+        R=TYPES[R], BLOCK=config.block, GROUP=config.group, AXIS=0 if config.strided else 1, ALIGN=align,
         num_warps=config.warps,
     )  # fmt: skip
