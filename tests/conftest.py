@@ -95,11 +95,6 @@ settings.load_profile("kdkernels")
 torch.set_num_threads(2)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Name xdist's marker where xdist, which has it, is not installed."""
-    config.addinivalue_line("markers", "xdist_group(name): tests that one process has to run")
-
-
 def backend_of(item: Any) -> str | None:
     """The backend of a test that has one."""
     callspec = getattr(item, "callspec", None)

@@ -175,6 +175,7 @@ class _Library:
 
     def __init__(self, path: Path) -> None:
         self.missing: str | None = None
+        self._numbers: dict[str, int] = {}
         self.variants: tuple[str, ...] = ()
         self.variant = 0
         if not path.exists():
@@ -216,7 +217,11 @@ class _Library:
 
     def number(self, divergence: str) -> int:
         """The library's number of a divergence, or -1 where it has none of that name."""
-        return self._number(divergence.encode())
+        # Asked at every call, and a call of the library costs as much as all the rest of the choice.
+        found = self._numbers.get(divergence)
+        if found is None:
+            found = self._numbers[divergence] = self._number(divergence.encode())
+        return found
 
 
 def _torch_parallel_for() -> int:
