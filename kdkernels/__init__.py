@@ -1,16 +1,25 @@
 """Fused knowledge-distillation losses: one call, one pass, gradient included."""
 
-from .divergences import JSD, gkd
+from .divergences import DKD, JSD, AlphaBeta, BinaryKL, LogitMSE, SkewKL, SkewReverseKL, gkd
 from .functional import Explanation, KDStats, explain, kd_loss, kd_loss_with_stats, shift_labels
 from .modules import KDLoss
-from .sources import Logits
+from .noise import LogitNoise
+from .sources import Logits, Mixture
 
 __all__ = [
+    "DKD",
     "JSD",
+    "AlphaBeta",
+    "BinaryKL",
     "Explanation",
     "KDLoss",
     "KDStats",
+    "LogitMSE",
+    "LogitNoise",
     "Logits",
+    "Mixture",
+    "SkewKL",
+    "SkewReverseKL",
     "explain",
     "gkd",
     "kd_loss",

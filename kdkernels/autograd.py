@@ -8,12 +8,12 @@ applied first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from .spec import Call
 
@@ -43,7 +43,7 @@ class KDFunction(torch.autograd.Function):
         """One pass over the rows."""
         keep = what_to_keep(student.dtype)
         loss, stats, kept = backend.forward(call, keep)
-        KDFunction.save(ctx, call, keep, kept, backend, Call._make)
+        KDFunction.save(ctx, call, keep, kept, backend)
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -55,7 +55,6 @@ class KDFunction(torch.autograd.Function):
         keep: str,
         kept: Tensor | None,
         backend: Any,
-        rebuild: Callable[[list[Any]], tuple[Any, ...]] = tuple,
     ) -> None:
         """Saves what backward needs: the gradient, or where there is none yet, the inputs and their state.
 
@@ -68,7 +67,7 @@ class KDFunction(torch.autograd.Function):
         if not ctx.recompute:
             ctx.save_for_backward(kept)
             return
-        arguments, ctx.rebuild = [*inputs, kept], rebuild
+        arguments, ctx.structure = pytree.tree_flatten((inputs, kept))
         # A tensor is saved as one, so that a later write to it is noticed. Autograd refuses those made under
         # inference_mode; they are kept as they are, like a number of items.
         saved = [x if isinstance(x, Tensor) and not x.is_inference() else None for x in arguments]
@@ -88,7 +87,8 @@ class KDFunction(torch.autograd.Function):
             )
         if ctx.recompute:
             arguments = [x if y is None else y for x, y in zip(ctx.kept, ctx.saved_tensors, strict=True)]
-            gradient = ctx.backend.gradient(upstream, ctx.rebuild(arguments[:-1]), arguments[-1])
+            inputs, state = pytree.tree_unflatten(arguments, ctx.structure)
+            gradient = ctx.backend.gradient(upstream, inputs, state)
         else:
             (saved,) = ctx.saved_tensors
             gradient = ctx.backend.scale(saved, upstream, in_place=not _graph_is_kept())

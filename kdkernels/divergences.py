@@ -7,16 +7,24 @@ logits of any D is
     dz = (g − q · Σ g) / T
 
 so everything around the pair (softmax, temperature, masks, labels, weights, reductions) is written once per
-backend. The expressions use `xp.exp`, `log`, `log1p`, `where`, `abs` and `maximum` only: `xp` is torch here,
+backend. A row of the table says what its lq and lp are where they are not logs of a softmax:
+
+    normaliser    lq (lp likewise)    dz
+    softmax       y − log Σ e^y       (g − q · Σ g) / T
+    mean          y − mean(y)         g / T, for pairs whose g sums to 0
+    none          y                   g / T                              with y = z / T, u = v / T
+
+The expressions use `xp.exp`, `expm1`, `log`, `log1p`, `where`, `abs` and `maximum` only: `xp` is torch here,
 and a backend that compiles them binds it to its own namespace. Guards against 0 · inf stand inside the
 product (`p * where(p == 0, 0, ...)`), so that autograd of `phi` has no NaN in a branch that was not taken.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch as xp
 
@@ -79,12 +87,175 @@ def g_jsd(lq: Any, lp: Any, beta: float) -> Any:
     return (1.0 - beta) * q * xp.where(q == 0, 0.0, xp.where(d < 0, 0.0, -d) - log_mix)
 
 
+def phi_skew_kl(lq: Any, lp: Any, alpha: float) -> Any:
+    """φ = p (lp − lm), m = αp + (1−α)q."""
+    p = xp.exp(lp)
+    d = lp - lq
+    t = xp.expm1(xp.where(d < 0, d, -d))
+    log_mix = xp.log1p(xp.where(d < 0, alpha * t, (1.0 - alpha) * t))
+    return p * xp.where(p == 0, 0.0, xp.where(d < 0, d, 0.0) - log_mix)
+
+
+def g_skew_kl(lq: Any, lp: Any, alpha: float) -> Any:
+    """∂φ/∂lq = −(1−α) p q/m."""
+    d = lp - lq
+    t = xp.expm1(xp.where(d < 0, d, -d))
+    q_over_m = xp.where(d < 0, 1.0, 1.0 + t) / (1.0 + xp.where(d < 0, alpha * t, (1.0 - alpha) * t))
+    return -(1.0 - alpha) * xp.exp(lp) * q_over_m
+
+
+def phi_skew_reverse_kl(lq: Any, lp: Any, alpha: float) -> Any:
+    """φ = q (lq − lm), m = (1−α)p + αq."""
+    q = xp.exp(lq)
+    d = lp - lq
+    t = xp.expm1(xp.where(d < 0, d, -d))
+    log_mix = xp.log1p(xp.where(d < 0, (1.0 - alpha) * t, alpha * t))
+    return q * xp.where(q == 0, 0.0, xp.where(d < 0, 0.0, -d) - log_mix)
+
+
+def g_skew_reverse_kl(lq: Any, lp: Any, alpha: float) -> Any:
+    """∂φ/∂lq = q (lq − lm) + q (1 − αq/m), the last of which is (1−α) q p/m."""
+    q = xp.exp(lq)
+    d = lp - lq
+    t = xp.expm1(xp.where(d < 0, d, -d))
+    mix = xp.where(d < 0, (1.0 - alpha) * t, alpha * t)
+    lq_lm = xp.where(d < 0, 0.0, -d) - xp.log1p(mix)
+    p_over_m = xp.where(d < 0, 1.0 + t, 1.0) / (1.0 + mix)
+    return q * xp.where(q == 0, 0.0, lq_lm + (1.0 - alpha) * p_over_m)
+
+
+def phi_tvd(lq: Any, lp: Any) -> Any:
+    """φ = ½ |p − q|."""
+    return 0.5 * xp.abs(xp.exp(lq) - xp.exp(lp))
+
+
+def g_tvd(lq: Any, lp: Any) -> Any:
+    """∂φ/∂lq = ½ q sign(q − p)."""
+    q = xp.exp(lq)
+    p = xp.exp(lp)
+    return 0.5 * xp.where(q < p, -q, xp.where(q > p, q, q - p))
+
+
+def phi_squared_error(lq: Any, lp: Any) -> Any:
+    """φ = ½ (q − p)²."""
+    difference = xp.exp(lq) - xp.exp(lp)
+    return 0.5 * difference * difference
+
+
+def g_squared_error(lq: Any, lp: Any) -> Any:
+    """∂φ/∂lq = q (q − p)."""
+    q = xp.exp(lq)
+    return q * (q - xp.exp(lp))
+
+
+def phi_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
+    """φ = −(p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)) / (αβ), and its limits."""
+    # Relative to the larger of p and q, whose exponent is a, with t = −|log p − log q| ≤ 0, b the other
+    # exponent, s = a + b, and e(c) = (e^(ct) − 1) / c, which is t at c = 0:
+    #     φ = larger^s (e^(at) e(b) − e(a)) / s,    at s = 0 φ = (e(a) − t) / a, and at a = b = 0 t² / 2.
+    # Nothing there divides by α or β. `f` is t kept finite, so that no product with it is 0 · inf.
+    d = lp - lq
+    t = xp.where(d < 0, d, -d)
+    f = xp.where(t < -1e30, -1e30, t)
+    at = xp.where(d < 0, alpha * f, beta * f)
+    bt = xp.where(d < 0, beta * f, alpha * f)
+    st = (alpha + beta) * f
+    log_larger = (alpha + beta) * xp.where(d < 0, lq, lp)
+    larger = xp.exp(log_larger)
+    both = xp.exp(log_larger + at)
+    smaller = xp.exp(log_larger + st)
+    # f / at is 1 / a. Where an exponent is negative its power may be infinite and the product still finite.
+    over_a = f / xp.where(at == 0, 1.0, at)
+    over_b = f / xp.where(bt == 0, 1.0, bt)
+    e_a = xp.where(at == 0, t, xp.expm1(xp.where(at > 1, 0.0, at)) * over_a)
+    e_b = xp.where(bt == 0, t, xp.expm1(xp.where(bt > 1, 0.0, bt)) * over_b)
+    minuend = xp.where(bt > 1, (smaller - both) * over_b, both * xp.where(both == 0, 0.0, e_b))
+    subtrahend = xp.where(at > 1, (both - larger) * over_a, larger * e_a)
+    over_s = f / xp.where(st == 0, 1.0, st)
+    at_s_0 = xp.where(at == 0, 0.5 * t * t, (subtrahend - t) * over_a)
+    return xp.where(st == 0, at_s_0, (minuend - subtrahend) * over_s)
+
+
+def g_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
+    """∂φ/∂lq = (q^(α+β) − p^α q^β) / α, and at α = 0 q^β (lq − lp)."""
+    d = lp - lq
+    t = xp.where(d < 0, d, -d)
+    f = xp.where(t < -1e30, -1e30, t)
+    # e^(αd) − 1 relative to the larger of p and q, as in φ.
+    ct = alpha * f
+    log_larger = (alpha + beta) * xp.where(d < 0, lq, lp)
+    base = xp.exp(xp.where(d < 0, log_larger, log_larger + beta * f))
+    other = xp.exp(xp.where(d < 0, log_larger + ct, log_larger + (alpha + beta) * f))
+    over = f / xp.where(ct == 0, 1.0, ct)
+    e = xp.where(ct == 0, t, xp.expm1(xp.where(ct > 1, 0.0, ct)) * over)
+    product = xp.where(ct > 1, (other - base) * over, base * xp.where(base == 0, 0.0, e))
+    return xp.where(d < 0, -product, product)
+
+
+def phi_logit_mse(y: Any, u: Any) -> Any:
+    """φ = ½ (y − u)²."""
+    return 0.5 * (y - u) * (y - u)
+
+
+def g_logit_mse(y: Any, u: Any) -> Any:
+    """∂φ/∂y = y − u."""
+    return y - u
+
+
+def phi_binary_kl(y: Any, u: Any) -> Any:
+    """φ = p log(p/q) + (1−p) log((1−p)/(1−q)), p = σ(u), q = σ(y)."""
+    # Both outcomes exchanged, φ is the same: the teacher's rarer one is taken, so that nothing cancels where
+    # both sides are sure. With u ≤ 0 then, φ = log(1 + e^y) − log(1 + e^u) − p (y − u).
+    x = xp.where(u > 0, -y, y)
+    w = xp.where(u > 0, -u, u)
+    t = xp.exp(w)
+    p = t / (1.0 + t)
+    e = xp.exp(xp.where(x > 0, -x, x))
+    from_student = xp.where(x > 0, (1.0 - p) * x + p * xp.where(p == 0, 0.0, w), 0.0)
+    from_both = p * xp.where(x > 0, 0.0, xp.where(p == 0, 0.0, w - x))
+    return xp.log1p((e - t) / (1.0 + t)) + from_student + from_both
+
+
+def g_binary_kl(y: Any, u: Any) -> Any:
+    """∂φ/∂y = σ(y) − σ(u)."""
+    x = xp.where(u > 0, -y, y)
+    t = xp.exp(xp.where(u > 0, -u, u))
+    e = xp.exp(xp.where(x > 0, -x, x))
+    difference = xp.where(x > 0, 1.0, e) / (1.0 + e) - t / (1.0 + t)
+    return xp.where(u > 0, -difference, difference)
+
+
+def phi_binary_cross_entropy(z: Any, y: Any) -> Any:
+    """φ = −y log σ(z) − (1−y) log(1 − σ(z)): the hard term of `BinaryKL`, of a target y in [0, 1]."""
+    n = xp.where(z > 0, -z, z)
+    weight = xp.where(z > 0, 1.0 - y, y)
+    return xp.log1p(xp.exp(n)) - weight * xp.where(weight == 0, 0.0, n)
+
+
+def g_binary_cross_entropy(z: Any, y: Any) -> Any:
+    """∂φ/∂z = σ(z) − y."""
+    e = xp.exp(xp.where(z > 0, -z, z))
+    return xp.where(z > 0, 1.0, e) / (1.0 + e) - y
+
+
+def phi_dkd(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
+    """φ = β p (lp − lq), over the classes that are not the target; the target's term is α·`binary_kl`."""
+    p = xp.exp(lp)
+    return beta * p * xp.where(p == 0, 0.0, lp - lq)
+
+
+def g_dkd(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
+    """∂φ/∂lq = −β p."""
+    return -beta * xp.exp(lp)
+
+
 @dataclass(frozen=True)
 class Closed:
     """How a divergence follows from sums of the first read of the rows, so that none comes after it.
 
     With a the logits over T of the side whose probabilities w weigh, and b the other's,
-    D = Σ w (A a + B b) − A lse a − B lse b, and Σ g = `sum_g` + `sum_g_per_d` · D.
+    D = c (Σ w (A a + B b) − A lse a − B lse b), and Σ g = c `sum_g` + `sum_g_per_d` · D; c is 1, or the
+    parameter of number `times`.
     """
 
     teacher_weighs: bool
@@ -92,28 +263,47 @@ class Closed:
     b: float
     sum_g: float
     sum_g_per_d: float
+    times: int | None = None
+
+
+Normaliser = Literal["softmax", "mean", "none"]
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A row of the table: name, the two expressions, the names of their parameters, a closed form if any."""
+    """A row of the table.
+
+    Attributes:
+        name: What it is called.
+        phi: A class's share of D.
+        g: Its derivative.
+        params: The names of the parameters of both.
+        closed: The closed form, if there is one.
+        normaliser: What lq and lp are: logs of probabilities, or logits over T, centred or not.
+        target: Whether the pair is about the classes that are not the target alone. Then with the margins of
+            the target, μ = y_t − lse of the other y and ν of the teacher, D = Σ phi + α·phi_binary_kl(μ, ν),
+            α the first parameter; with γ = α·g_binary_kl(μ, ν) the gradient is (g − q (Σ g + γ)) / T, and
+            γ / T for the target.
+        binary: Whether a class is a question of its own: the hard term is the binary cross-entropy of labels
+            `[..., V]`.
+    """
 
     name: str
     phi: Callable[..., Any]
     g: Callable[..., Any]
     params: tuple[str, ...] = ()
     closed: Closed | None = None
+    normaliser: Normaliser = "softmax"
+    target: bool = False
+    binary: bool = False
 
+
+_KL = Closed(True, 1.0, -1.0, sum_g=-1.0, sum_g_per_d=0.0)
 
 TABLE: dict[str, Divergence] = {
     d.name: d
     for d in (
-        Divergence(
-            "forward_kl",
-            phi_forward_kl,
-            g_forward_kl,
-            closed=Closed(True, 1.0, -1.0, sum_g=-1.0, sum_g_per_d=0.0),
-        ),
+        Divergence("forward_kl", phi_forward_kl, g_forward_kl, closed=_KL),
         Divergence(
             "soft_cross_entropy",
             phi_soft_cross_entropy,
@@ -127,8 +317,18 @@ TABLE: dict[str, Divergence] = {
             closed=Closed(False, 1.0, -1.0, sum_g=1.0, sum_g_per_d=1.0),
         ),
         Divergence("jsd", phi_jsd, g_jsd, ("beta",)),
+        Divergence("skew_kl", phi_skew_kl, g_skew_kl, ("alpha",)),
+        Divergence("skew_reverse_kl", phi_skew_reverse_kl, g_skew_reverse_kl, ("alpha",)),
+        Divergence("tvd", phi_tvd, g_tvd),
+        Divergence("squared_error", phi_squared_error, g_squared_error),
+        Divergence("alpha_beta", phi_alpha_beta, g_alpha_beta, ("alpha", "beta")),
+        Divergence("logit_mse", phi_logit_mse, g_logit_mse, normaliser="none"),
+        Divergence("centered_logit_mse", phi_logit_mse, g_logit_mse, normaliser="mean"),
+        Divergence("dkd", phi_dkd, g_dkd, ("alpha", "beta"), closed=replace(_KL, times=1), target=True),
+        Divergence("binary_kl", phi_binary_kl, g_binary_kl, normaliser="none", binary=True),
     )
 }
+BUILT_IN = frozenset(TABLE)
 
 
 @runtime_checkable
@@ -144,8 +344,28 @@ class Parametrised(Protocol):
         """The values of the row's parameters."""
 
 
+class _Choice:
+    """A frozen dataclass whose fields are the parameters of a row of the table."""
+
+    name: ClassVar[str]
+
+    @property
+    def params(self) -> tuple[float, ...]:
+        """The values of the row's parameters."""
+        return tuple(float(getattr(self, name)) for name in TABLE[self.name].params)
+
+    def _numbers(self, unbounded: bool = False) -> None:
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                kind = type(value).__name__
+                raise TypeError(f"{f.name} of {type(self).__name__} must be a Python number, got {kind}")
+            if unbounded and not -math.inf < value < math.inf:
+                raise ValueError(f"{f.name} of {type(self).__name__} must be finite, got {value}")
+
+
 @dataclass(frozen=True)
-class JSD:
+class JSD(_Choice):
     """Generalised Jensen-Shannon divergence, as in GKD.
 
     Formula: β·KL(p‖m) + (1−β)·KL(q‖m), m = β·p + (1−β)·q, with p the teacher and q the student, in nats.
@@ -157,12 +377,15 @@ class JSD:
         beta: The teacher's share of the mixture, 0 < beta < 1.
 
     Raises:
+        TypeError: `beta` is not a number.
         ValueError: `beta` outside (0, 1). The limits are other divergences: `kd.gkd` maps 0 and 1 to them.
     """
 
+    name: ClassVar[str] = "jsd"
     beta: float = 0.5
 
     def __post_init__(self) -> None:
+        self._numbers()
         if not 0.0 < self.beta < 1.0:
             raise ValueError(
                 f"beta of JSD must lie strictly between 0 and 1, got {self.beta}: use "
@@ -170,19 +393,183 @@ class JSD:
                 "three"
             )
 
+
+@dataclass(frozen=True)
+class SkewKL(_Choice):
+    """Forward KL to a mixture that holds some of the teacher, so that it is finite whatever the student.
+
+    Formula: KL(p‖m), m = α·p + (1−α)·q, with p the teacher and q the student, in nats.
+    Gradient with respect to the student's logits, T² included: T·(1−α)·q·(⟨q, r⟩ − r), r = p/m.
+    Source: Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML 2024,
+        section 3.1.
+
+    Args:
+        alpha: The teacher's share of the mixture, 0 < alpha < 1.
+
+    Raises:
+        TypeError: `alpha` is not a number.
+        ValueError: `alpha` outside (0, 1).
+    """
+
+    name: ClassVar[str] = "skew_kl"
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._numbers()
+        _check_skew("SkewKL", self.alpha, "forward_kl")
+
+
+@dataclass(frozen=True)
+class SkewReverseKL(_Choice):
+    """Reverse KL to a mixture that holds some of the student, so that it is finite whatever the teacher.
+
+    Formula: KL(q‖m), m = (1−α)·p + α·q, with p the teacher and q the student, in nats.
+    Gradient with respect to the student's logits, T² included: T·q·(h − ⟨q, h⟩), h = log(q/m) − α·q/m.
+    Source: Ko et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML 2024,
+        section 3.1.
+
+    Args:
+        alpha: The student's share of the mixture, 0 < alpha < 1.
+
+    Raises:
+        TypeError: `alpha` is not a number.
+        ValueError: `alpha` outside (0, 1).
+    """
+
+    name: ClassVar[str] = "skew_reverse_kl"
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        self._numbers()
+        _check_skew("SkewReverseKL", self.alpha, "reverse_kl")
+
+
+def _check_skew(owner: str, alpha: float, limit: str) -> None:
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(
+            f"alpha of {owner} must lie strictly between 0 and 1, got {alpha}: use divergence={limit!r} for "
+            "0; at 1 there would be nothing to learn"
+        )
+
+
+@dataclass(frozen=True)
+class AlphaBeta(_Choice):
+    """α-β divergence: (1, 0) is the forward KL, (0, 1) the reverse one, (1, 1) half the squared distance.
+
+    Formula: −1/(αβ) · Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)], with p the teacher and q the student.
+        Limits: β = 0: α⁻² Σ [p^α log(p^α/q^α) − p^α + q^α]; α = 0: β⁻² Σ [q^β log(q^β/p^β) − q^β + p^β];
+        α + β = 0: α⁻² Σ [log(q^α/p^α) + (p/q)^α − 1]; both 0: ½ Σ (log p − log q)².
+    Gradient with respect to the student's logits, T² included: T·(w − q·Σw), w = (q^(α+β) − p^α q^β)/α, and
+        q^β log(q/p) at α = 0.
+    Numbers: no digits are lost near α = 0 or β = 0; where |α + β| is small and not 0, rounding errors of the
+        loss (not of the gradient) grow as 1/|α + β|. With a negative exponent, a class that the student or
+        the teacher all but excludes may make the divergence infinite.
+    Source: Cichocki et al., "Generalized Alpha-Beta Divergences and Their Application to Robust Nonnegative
+        Matrix Factorization", Entropy 2011; for distillation Wang et al., "ABKD", ICML 2025.
+
+    Args:
+        alpha: The teacher's exponent, any finite number.
+        beta: The student's exponent, any finite number.
+
+    Raises:
+        TypeError: A parameter is not a number.
+        ValueError: A parameter is not finite.
+    """
+
+    name: ClassVar[str] = "alpha_beta"
+    alpha: float
+    beta: float
+
+    def __post_init__(self) -> None:
+        self._numbers(unbounded=True)
+
+
+@dataclass(frozen=True)
+class LogitMSE:
+    """Half the squared distance of the logits themselves, or of their deviations from their mean.
+
+    Formula: T²·D = ½·Σ (z − v)², whatever T; centred ½·Σ ((z − z̄) − (v − v̄))², means over the classes that
+        are finite on both sides. `F.mse_loss(z, v)` is 2/V of it.
+    Gradient with respect to the student's logits: z − v; centred (z − z̄) − (v − v̄).
+    Source: Ba and Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, equation 1; the centred form
+        is V times the limit of T²·KL for T → ∞ (Hinton et al., 2015, section 2.1).
+
+    Args:
+        centered: Take each side's mean off first, which a softmax would not see.
+
+    Raises:
+        TypeError: `centered` is not a bool.
+    """
+
+    centered: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.centered, bool):
+            raise TypeError(f"centered of LogitMSE must be a bool, got {type(self.centered).__name__}")
+
     @property
     def name(self) -> str:
         """The row of the table."""
-        return "jsd"
+        return "centered_logit_mse" if self.centered else "logit_mse"
 
     @property
     def params(self) -> tuple[float, ...]:
-        """The values of the row's parameters."""
-        return (float(self.beta),)
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True)
+class DKD(_Choice):
+    """Decoupled knowledge distillation: how sure, and which of the others, weighed apart.
+
+    Formula: α·KL(b_p‖b_q) + β·KL(p̂‖q̂), with b = (probability of the target, of all others), p̂ and q̂ the
+        distributions over the classes that are not the target. KL(p‖q) itself is α = 1, β = 1 − p_t. Right at
+        any margin of the target; with two classes the second term is 0.
+    Gradient with respect to the student's logits, T² included: T·α·(q_t − p_t) for the target t, and
+        T·[β·(q̂ − p̂) − α·(q_t − p_t)·q̂] for the others.
+    Source: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, section 3.
+
+    Every row that counts needs a label: one without is an error on a CPU; elsewhere looking would wait for
+    the device, and the row is NaN.
+
+    Args:
+        alpha: Weight of the target's term.
+        beta: Weight of the others' term.
+
+    Raises:
+        TypeError: A parameter is not a number.
+        ValueError: A parameter is not finite.
+    """
+
+    name: ClassVar[str] = "dkd"
+    alpha: float = 1.0
+    beta: float = 8.0
+
+    def __post_init__(self) -> None:
+        self._numbers(unbounded=True)
+
+
+@dataclass(frozen=True)
+class BinaryKL(_Choice):
+    """KL of each class's own yes or no, for multilabel models: one sigmoid per class.
+
+    Formula: Σ over classes of p log(p/q) + (1−p) log((1−p)/(1−q)), p = σ(v/T), q = σ(z/T), in nats. The hard
+        term is Σ BCE(y, σ(z)) at T = 1, of labels y in [0, 1] of shape `[..., V]`; every row counts unless
+        `mask` says otherwise. `F.binary_cross_entropy_with_logits(z, y)` is 1/V of it.
+    Gradient with respect to the student's logits, T² included: T·(q − p); of the hard term σ(z) − y.
+    Source: Hinton et al., 2015, section 2, for each class by itself.
+    """
+
+    name: ClassVar[str] = "binary_kl"
 
 
 # Strings that stand for a parametrised divergence with its default.
-DEFAULTS: dict[str, Parametrised] = {"jsd": JSD()}
+DEFAULTS: dict[str, Parametrised] = {
+    "jsd": JSD(),
+    "skew_kl": SkewKL(),
+    "skew_reverse_kl": SkewReverseKL(),
+    "dkd": DKD(),
+}
 
 
 def gkd(beta: float) -> str | JSD:
@@ -214,16 +601,26 @@ def resolve(divergence: str | Parametrised) -> tuple[str, tuple[float, ...]]:
     if isinstance(divergence, str):
         if divergence in DEFAULTS:
             divergence = DEFAULTS[divergence]
-        elif divergence in TABLE:
+        elif divergence in TABLE and not TABLE[divergence].params:
             return divergence, ()
-        else:
+        elif divergence in TABLE:
+            names = ", ".join(TABLE[divergence].params)
             raise ValueError(
-                f"divergence must be one of {', '.join(map(repr, TABLE))} or an object such as "
-                f"kd.JSD(beta=0.5), got {divergence!r}"
+                f"divergence {divergence!r} has parameters without defaults: give an object with "
+                f"{names}, such as kd.AlphaBeta(alpha=0.2, beta=0.7)"
             )
+        else:
+            raise ValueError(f"divergence must be {_choices()}, got {divergence!r}")
     if isinstance(divergence, Parametrised) and divergence.name in TABLE:
-        return divergence.name, divergence.params
-    raise TypeError(
-        f"divergence must be a string ({', '.join(map(repr, TABLE))}) or an object such as kd.JSD(beta=0.5), "
-        f"got {type(divergence).__name__}"
-    )
+        wanted, given = TABLE[divergence.name].params, divergence.params
+        if len(given) != len(wanted):
+            raise ValueError(
+                f"divergence {divergence.name!r} has parameters ({', '.join(wanted)}), got {given}"
+            )
+        return divergence.name, given
+    raise TypeError(f"divergence must be {_choices()}, got {type(divergence).__name__}")
+
+
+def _choices() -> str:
+    names = (n for n, d in TABLE.items() if n in DEFAULTS or not d.params)
+    return f"a string ({', '.join(map(repr, names))}) or an object such as kd.JSD(beta=0.5)"

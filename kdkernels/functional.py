@@ -14,10 +14,12 @@ from . import ops, reference, registry
 from .autograd import run_fused
 from .caller import warn_once
 from .divergences import Parametrised
-from .sources import Logits, PostProcessing, unwrap
+from .noise import LogitNoise, Noise, seed_tensor
+from .sources import LOGIT_DTYPES, Logits, Mixture, PostProcessing, unwrap, unwrap_teachers
 from .spec import Call, LossSpec, make_spec, new_spec
 
 Source = Tensor | Logits
+Teacher = Tensor | Logits | Mixture
 Reduction = Literal["mean", "sum", "none"]
 BackendName = Literal["reference", "cpu", "triton", "cuda"]
 
@@ -73,7 +75,7 @@ class Explanation:
 
 def kd_loss(
     student: Source,
-    teacher: Source,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     divergence: str | Parametrised = "forward_kl",
@@ -81,6 +83,8 @@ def kd_loss(
     t_squared: bool = True,
     soft_weight: float = 1.0,
     hard_weight: float | None = None,
+    teacher_noise: LogitNoise | None = None,
+    student_noise: LogitNoise | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
     token_weights: Tensor | None = None,
@@ -121,6 +125,8 @@ def kd_loss(
             the same at every T.
         soft_weight: Weight of the soft term.
         hard_weight: Weight of the hard term; None means 0.
+        teacher_noise: `kd.LogitNoise` on the logits of the teacher, of each in a mixture; or None.
+        student_noise: `kd.LogitNoise` on the student's logits, in both terms, or None.
         mask: Which rows count, bool `[...]`. Default: `labels != ignore_index` where labels are given, else
             all. Rows outside have exactly 0 loss and gradient, whatever they hold.
         ignore_index: The label of rows without one. Inside an explicit mask such a row keeps its soft term.
@@ -157,6 +163,8 @@ def kd_loss(
         "t_squared": t_squared,
         "soft_weight": soft_weight,
         "hard_weight": hard_weight,
+        "teacher_noise": teacher_noise,
+        "student_noise": student_noise,
         "mask": mask,
         "ignore_index": ignore_index,
         "token_weights": token_weights,
@@ -170,7 +178,7 @@ def kd_loss(
 
 
 def kd_loss_with_stats(
-    student: Source, teacher: Source, labels: Tensor | None = None, **options: Any
+    student: Source, teacher: Teacher, labels: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, KDStats]:
     """`kd_loss`, and detached figures from the same pass.
 
@@ -194,7 +202,7 @@ def kd_loss_with_stats(
     return loss, KDStats(*stats.unbind())
 
 
-def explain(student: Source, teacher: Source, labels: Tensor | None = None, **options: Any) -> Explanation:
+def explain(student: Source, teacher: Teacher, labels: Tensor | None = None, **options: Any) -> Explanation:
     """Which backend `kd_loss` would choose for the same arguments, and why each other one would not run.
 
     Args:
@@ -213,10 +221,8 @@ def explain(student: Source, teacher: Source, labels: Tensor | None = None, **op
     """
     options = complete(options)
     call = checked_call(student, teacher, labels, options, stats=False)
-    chosen = registry.choose(options["backend"], call.spec, call.student, call.teacher)
-    reasons = {
-        b.name: registry.reason(b, call.spec, call.student, call.teacher) for b in registry.BACKENDS.values()
-    }
+    chosen = registry.choose(options["backend"], call)
+    reasons = {b.name: registry.reason(b, call) for b in registry.BACKENDS.values()}
     return Explanation(chosen.name, reasons)
 
 
@@ -270,20 +276,30 @@ def check_options(options: dict[str, Any]) -> None:
         if name in options:
             raise TypeError(f"{name} is given to each call of the module, not to its constructor")
     options = complete(options)
-    _spec(options, (1.0, None), (1.0, None), stats=False)
+    _spec(options, (1.0, None), ((1.0, None),), stats=False)
     _check_choice("teacher_requires_grad", options["teacher_requires_grad"], _TEACHER_CHOICES)
     if options["backend"] is not None:
         _check_choice("backend", options["backend"], tuple(registry.BACKENDS))
 
 
-def _spec(options: dict[str, Any], student: PostProcessing, teacher: PostProcessing, stats: bool) -> LossSpec:
+def _spec(
+    options: dict[str, Any], student: PostProcessing, teachers: tuple[PostProcessing, ...], stats: bool
+) -> LossSpec:
+    noises = _noise(options, "student_noise"), _noise(options, "teacher_noise")
     if torch.compiler.is_compiling():
         # A record that is looked up would make a constant of every number.
         named = {name: options[name] for name in _SPEC_OPTIONS}
-        return new_spec(**named, student=student, teacher=teacher, stats=stats)
+        return new_spec(
+            **named,
+            student=student,
+            teachers=teachers,
+            student_noise=noises[0],
+            teacher_noise=noises[1],
+            stats=stats,
+        )
     values = [options[name] for name in _SPEC_OPTIONS]
     try:
-        return make_spec(*values, student, teacher, stats)
+        return make_spec(*values, student, teachers, *noises, stats)
     except TypeError as error:
         # The record is looked up by value: an option that can't be hashed is none of the types it could be.
         for name, value in zip(_SPEC_OPTIONS, values, strict=True):
@@ -293,6 +309,17 @@ def _spec(options: dict[str, Any], student: PostProcessing, teacher: PostProcess
                 kind = "a string" if name in ("divergence", "reduction") else "a number"
                 raise TypeError(f"{name} must be {kind}, got {type(value).__name__}") from None
         raise error
+
+
+def _noise(options: dict[str, Any], name: str) -> Noise | None:
+    noise = options[name]
+    if noise is None:
+        return None
+    if not isinstance(noise, LogitNoise):
+        raise TypeError(
+            f"{name} must be None or kd.LogitNoise(sigma, kind, per, ...), got {type(noise).__name__}"
+        )
+    return noise.options
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -306,7 +333,7 @@ def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
             return ops.kd_loss(call, backend)
         # Plain torch, which the compiler fuses itself.
         return reference.kd_loss(call)
-    chosen = registry.choose(backend, call.spec, call.student, call.teacher)
+    chosen = registry.choose(backend, call)
     if chosen.name == "reference":
         return reference.kd_loss(call)
     return run_fused(chosen, call)
@@ -315,8 +342,9 @@ def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
 def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
     """The arguments of `kd_loss`, with every option given, checked and as backends take them."""
     z, z_options = unwrap("student", student)
-    v, v_options = unwrap("teacher", teacher)
-    spec = _spec(options, z_options, v_options, stats)
+    teachers, v_options, mixture = unwrap_teachers(teacher)
+    spec = _spec(options, z_options, tuple(v_options), stats)
+    v = teachers[0]  # the others are like it
     if z.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"teacher must have the student's leading shape {tuple(z.shape[:-1])}, got {tuple(v.shape[:-1])} "
@@ -331,24 +359,37 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
                 "pad_vocab=True (classes beyond the smaller V leave both softmaxes) or slice the larger one; "
                 "else the two don't speak of the same classes"
             )
+        if spec.row.binary:
+            raise ValueError(
+                f"pad_vocab is about vocabularies, and divergence={spec.divergence!r} has a question for "
+                f"each class: slice both sides and the labels to the same classes, got V = {classes} and "
+                f"V = {v.shape[-1]}"
+            )
         classes = min(classes, v.shape[-1])
     if v.device != z.device:
         raise ValueError(
             f"teacher must be on the student's device {z.device}, got {v.device}; move it with .to"
         )
+    if mixture is not None and spec.row.normaliser != "softmax" and not spec.row.binary:
+        raise ValueError(
+            f"divergence={spec.divergence!r} compares logits, and kd.Mixture averages probabilities, which "
+            "have none of their own: average the teachers' logits and pass that"
+        )
     teacher_requires_grad = options["teacher_requires_grad"]
     if teacher_requires_grad not in _TEACHER_CHOICES:
         _check_choice("teacher_requires_grad", teacher_requires_grad, _TEACHER_CHOICES)
-    if v.requires_grad:
+    if any(v.requires_grad for v in teachers):
         if teacher_requires_grad == "error" and torch.is_grad_enabled():
             raise ValueError(
                 "teacher requires grad, and kd_loss gives it none: compute it under torch.no_grad() or pass "
                 "teacher.detach(); to train both, call kd_loss once for each with the other one detached; "
                 "teacher_requires_grad='ignore' detaches it here"
             )
-        v = v.detach()
+        teachers = [v.detach() for v in teachers]
     if labels is not None:
-        labels = _check_labels(labels, z)
+        labels = _check_labels(labels, z, spec)
+    elif spec.row.target:
+        raise ValueError(f"labels must be given with divergence={spec.divergence!r}, got None")
     mask, token_weights, num_items = options["mask"], options["token_weights"], options["num_items"]
     if mask is not None:
         _check_rows("mask", mask, z)
@@ -367,15 +408,44 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
     if num_items is not None:
         _check_num_items(num_items, spec.reduction, z)
     if options["hard_weight"] is None:
-        if labels is not None:
+        if labels is not None and not spec.row.target:
+            use = "and nothing uses them" if spec.row.binary else "they choose which rows count and"
             warn_once(
                 "unused labels",
-                "labels are given and hard_weight is None: they choose which rows count and there is no hard "
-                "term. Pass hard_weight=0.0 if that is meant, or a weight",
+                f"labels are given and hard_weight is None: {use}, so there is no hard term. Pass "
+                "hard_weight=0.0 if that is meant, or a weight",
             )
     elif spec.hard_weight != 0 and labels is None:
         raise ValueError(f"labels must be given with hard_weight={spec.hard_weight}, got None")
-    return Call(z, v, labels, mask, token_weights, num_items, spec, classes)
+    if mixture is not None and z.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_mixture(mixture, mask, labels, spec)
+    return Call(
+        z, tuple(teachers), mixture, labels, mask, token_weights, num_items,
+        *_seeds(options, z.device), spec, classes,
+    )  # fmt: skip
+
+
+def _seeds(options: dict[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Seeds of the student's and of the teachers' noise, one draw where neither gives its own."""
+    student, teacher = options["student_noise"], options["teacher_noise"]
+    first = None if student is None else seed_tensor(student, device)
+    if teacher is None:
+        return first, None
+    if first is not None and student.seed is None and teacher.seed is None:
+        return first, first  # the streams differ
+    return first, seed_tensor(teacher, device)
+
+
+def _check_mixture(mixture: Tensor, mask: Tensor | None, labels: Tensor | None, spec: LossSpec) -> None:
+    bad = mixture.isnan().any(-1)
+    if bad.any() and bad.dim():
+        if mask is not None:
+            bad = bad & mask
+        elif labels is not None and not spec.row.binary:
+            bad = bad & (labels != spec.ignore_index)
+    if bad.any():
+        where = f" in row {int(bad.flatten().int().argmax())}" if bad.dim() else ""
+        raise ValueError(f"weights of Mixture must be >= 0, finite and not all 0, which they aren't{where}")
 
 
 def _check_rows(name: str, rows: Any, z: Tensor) -> None:
@@ -392,13 +462,36 @@ def _check_rows(name: str, rows: Any, z: Tensor) -> None:
         )
 
 
-def _check_labels(labels: Any, z: Tensor) -> Tensor:
+def _check_labels(labels: Any, z: Tensor, spec: LossSpec) -> Tensor:
+    if spec.row.binary:
+        return _check_targets(labels, z)
     _check_rows("labels", labels, z)
     if labels.dtype is torch.int64:
         return labels
     if labels.dtype not in _LABEL_DTYPES:
         raise TypeError(f"labels must be integer class ids, got {labels.dtype}")
     return labels.long()
+
+
+def _check_targets(labels: Any, z: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.shape != z.shape:
+        raise ValueError(
+            f"labels of a binary divergence must have one entry for each class, shape {tuple(z.shape)}, got "
+            f"{tuple(labels.shape)}"
+        )
+    if labels.dtype not in LOGIT_DTYPES:
+        raise TypeError(
+            f"labels of a binary divergence must be floats in [0, 1], got {labels.dtype}; use labels.float()"
+        )
+    if labels.device != z.device:
+        raise ValueError(
+            f"labels must be on the logits' device {z.device}, got {labels.device}; move it with .to"
+        )
+    if labels.requires_grad and torch.is_grad_enabled():
+        raise ValueError("labels require grad, and kd_loss gives them none; pass labels.detach()")
+    return labels.detach()
 
 
 def _check_num_items(num_items: Any, reduction: str, z: Tensor) -> None:

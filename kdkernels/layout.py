@@ -1,31 +1,33 @@
-"""How rows of two tensors lie in memory: what every kernel is launched with."""
+"""How rows of several tensors lie in memory: what every kernel is launched with."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 
-def common_rows(z: Tensor, v: Tensor, most: int) -> tuple[Tensor, Tensor, list[int], list[int], list[int]]:
-    """Leading dimensions merged where both sides allow it, at most `most`.
+def common_rows(sides: Sequence[Tensor], most: int) -> tuple[list[Tensor], list[int], list[list[int]]]:
+    """Leading dimensions merged where all sides, `[..., V]`, allow it, at most `most`.
 
     Returns:
-        Both sides, copied where too many dimensions remain; the common leading shape; each side's strides.
+        The sides, copied where too many dimensions remain; the common leading shape; each side's strides.
     """
-    if z.is_contiguous() and v.is_contiguous():
-        return z, v, [z.shape[:-1].numel()], [z.shape[-1]], [v.shape[-1]]
+    if all(side.is_contiguous() for side in sides):
+        return list(sides), [sides[0].shape[:-1].numel()], [[side.shape[-1]] for side in sides]
     shape: list[int] = []
-    z_strides: list[int] = []
-    v_strides: list[int] = []
-    for n, sz, sv in zip(z.shape[:-1], z.stride(), v.stride(), strict=False):
+    strides: list[list[int]] = [[] for _ in sides]
+    for n, *steps in zip(sides[0].shape[:-1], *(side.stride() for side in sides), strict=False):
         if n == 1:
             continue
-        if shape and z_strides[-1] == n * sz and v_strides[-1] == n * sv:
+        if shape and all(so_far[-1] == n * step for so_far, step in zip(strides, steps, strict=True)):
             shape[-1] *= n
-            z_strides[-1], v_strides[-1] = sz, sv
+            for so_far, step in zip(strides, steps, strict=True):
+                so_far[-1] = step
         else:
             shape.append(n)
-            z_strides.append(sz)
-            v_strides.append(sv)
+            for so_far, step in zip(strides, steps, strict=True):
+                so_far.append(step)
     if len(shape) > most:
-        return common_rows(z.contiguous(), v.contiguous(), most)
-    return z, v, shape, z_strides, v_strides
+        return common_rows([side.contiguous() for side in sides], most)
+    return list(sides), shape, strides

@@ -7,6 +7,7 @@ nothing. Which fused backend runs is decided when the node runs, by the tensors 
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from typing import Any
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from . import registry
 from .autograd import KDFunction, what_to_keep
+from .noise import Noise
 from .reference import check_labels, compute_dtype
 from .spec import STATE_ROWS, STATS, Call, LossSpec
 
 _ARGUMENTS = (
-    "Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor? token_weights, Tensor? num_items, "
-    "Tensor options, str divergence, int ignore_index, str reduction, bool stats, SymInt classes, str keep, "
+    "Tensor student, Tensor[] teachers, Tensor? mixture, Tensor? labels, Tensor? mask, "
+    "Tensor? token_weights, Tensor? num_items, Tensor? student_seed, Tensor? teacher_seed, Tensor options, "
+    "str divergence, str noise, int ignore_index, str reduction, bool stats, SymInt classes, str keep, "
     "str? backend"
 )
 # A CUDA graph would hold on to the numbers of the step that it was captured in.
@@ -36,15 +39,25 @@ _INPUTS = _ARGUMENTS.count(",") + 1
 
 def kd_loss(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
     """The loss and stats of a fused backend as a node of the graph that is being made."""
-    student, teacher, labels, mask, token_weights, num_items, spec, classes = call
+    student, teachers, mixture, labels, mask, token_weights, num_items, z_seed, v_seed, spec, classes = call
     trained = student.requires_grad and torch.is_grad_enabled()
     tensor, number = (num_items, None) if isinstance(num_items, Tensor) else (None, num_items)
     loss, figures, _ = torch.ops.kdkernels.kd_loss_v1(
-        student, teacher, labels, mask, token_weights, tensor, pack(spec, number),
-        spec.divergence, spec.ignore_index, spec.reduction, spec.stats, classes,
+        student, list(teachers), mixture, labels, mask, token_weights, tensor, z_seed, v_seed,
+        pack(spec, number), spec.divergence, kind_of(spec.student_noise) + kind_of(spec.teacher_noise),
+        spec.ignore_index, spec.reduction, spec.stats, classes,
         what_to_keep(student.dtype) if trained else "nothing", backend,
     )  # fmt: skip
     return loss, figures if spec.stats else None
+
+
+_KINDS = {None: "-", (False, False): "a", (True, False): "m", (False, True): "A", (True, True): "M"}
+_FLAGS = {kind: flags for flags, kind in _KINDS.items()}
+
+
+def kind_of(noise: Noise | None) -> str:
+    """What is compiled in of a side's noise, as one letter."""
+    return _KINDS[None if noise is None else (noise.multiplicative, noise.per_row)]
 
 
 def pack(spec: LossSpec, num_items: float | None) -> Tensor:
@@ -53,27 +66,55 @@ def pack(spec: LossSpec, num_items: float | None) -> Tensor:
     one = torch.ones((), dtype=torch.float64, device="cpu")
     numbers = (
         spec.temperature, spec.t_factor, spec.soft_weight, spec.hard_weight,
-        spec.student_scale, spec.student_softcap, spec.teacher_scale, spec.teacher_softcap,
-        -1.0 if num_items is None else num_items, *spec.params,
+        -1.0 if num_items is None else num_items,
+        *_of_noise(spec.student_noise), *_of_noise(spec.teacher_noise),
+        spec.student_scale, spec.student_softcap, *itertools.chain(*spec.teachers), *spec.params,
     )  # fmt: skip
     return torch.stack([one * number for number in numbers])
 
 
+def _of_noise(noise: Noise | None) -> tuple[float, ...]:
+    return (0.0, 0.0, 0.0) if noise is None else (noise.sigma, noise.probability, noise.row_offset)
+
+
+def _noise(kind: str, numbers: list[float]) -> Noise | None:
+    flags = _FLAGS[kind]
+    return None if flags is None else Noise(numbers[0], *flags, numbers[1], int(numbers[2]))
+
+
 def _unpack(inputs: tuple[Any, ...]) -> tuple[Call, Any]:
     """The call of a node, and the backend that runs it."""
-    student, teacher, labels, mask, token_weights, num_items, options, *fixed = inputs
-    divergence, ignore_index, reduction, stats, classes, _, backend = fixed
+    student, teachers, mixture, labels, mask, token_weights, num_items, z_seed, v_seed, options, *fixed = (
+        inputs
+    )
+    divergence, noise, ignore_index, reduction, stats, classes, _, backend = fixed
     numbers = options.tolist()
-    weights, scales, given, params = numbers[:4], numbers[4:8], numbers[8], tuple(numbers[9:])
-    spec = _spec(divergence, params, *weights, ignore_index, reduction, *scales, stats)
+    weights, given, sides, params = numbers[:4], numbers[4], numbers[11:], numbers[13 + 2 * len(teachers) :]
+    spec = _spec(
+        divergence, tuple(params), *weights, ignore_index, reduction, *sides[:2],
+        tuple((sides[2 + 2 * m], sides[3 + 2 * m]) for m in range(len(teachers))),
+        _noise(noise[0], numbers[5:8]), _noise(noise[1], numbers[8:11]), stats,
+    )  # fmt: skip
     if num_items is None and given >= 0:
         num_items = given
-    call = Call(student, teacher, labels, mask, token_weights, num_items, spec, classes)
-    chosen = registry.choose(backend, spec, call.student, call.teacher)
+    call = Call(
+        student,
+        tuple(teachers),
+        mixture,
+        labels,
+        mask,
+        token_weights,
+        num_items,
+        z_seed,
+        v_seed,
+        spec,
+        classes,
+    )
+    chosen = registry.choose(backend, call)
     if chosen.name == "reference":
         raise RuntimeError(
             "this compiled loss was made for a fused backend and none can run it here: "
-            f"{registry.why_unfused(spec, call.student, call.teacher)}; compile it with backend='reference'"
+            f"{registry.why_unfused(call)}; compile it with backend='reference'"
         )
     return call, chosen
 
@@ -96,11 +137,11 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("kdkernels::kd_loss_v1")
 def _forward_shapes(
-    student: Tensor, teacher: Tensor, labels: Any, mask: Any, token_weights: Any, num_items: Any,
-    options: Tensor, divergence: str, ignore_index: int, reduction: str, stats: bool, classes: int, keep: str,
-    backend: str | None,
+    student: Tensor, teachers: list[Tensor], mixture: Any, labels: Any, mask: Any, token_weights: Any,
+    num_items: Any, student_seed: Any, teacher_seed: Any, options: Tensor, divergence: str, noise: str,
+    ignore_index: int, reduction: str, stats: bool, classes: int, keep: str, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    R, leading = compute_dtype(student, teacher), student.shape[:-1]
+    R, leading = compute_dtype(student, teachers), student.shape[:-1]
     loss = student.new_empty(leading if reduction == "none" else (), dtype=R)
     if keep == "gradient":
         kept = student.new_empty(student.shape)
@@ -153,11 +194,12 @@ class _Nodes:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, figures, kept = output
     ctx.mark_non_differentiable(figures, kept)
+    ctx.teachers = len(inputs[1])
     KDFunction.save(ctx, inputs, inputs[-2], kept, _Nodes)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return KDFunction.backward(ctx, upstream)[0], *[None] * (_INPUTS - 1)
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return KDFunction.backward(ctx, upstream)[0], [None] * ctx.teachers, *[None] * (_INPUTS - 2)
 
 
 torch.library.register_autograd("kdkernels::kd_loss_v1", _backward, setup_context=_save)

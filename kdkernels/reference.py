@@ -6,16 +6,27 @@ clarity; it makes about eight [N, V] temporaries, as any eager loss does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .divergences import TABLE
+from .divergences import (
+    Divergence,
+    phi_binary_cross_entropy,
+    phi_binary_kl,
+)
+from .noise import STUDENT, Noise, noised
 from .spec import Call, LossSpec
 
+# What stands for the label of a row that has none and needs one.
+UNLABELLED = -(1 << 63)
 
-def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """float64 where either side is; float32 for everything else."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+def compute_dtype(student: Tensor, teachers: Sequence[Tensor]) -> torch.dtype:
+    """float64 where any side is; float32 for everything else."""
+    wide = torch.float64 in (student.dtype, *(v.dtype for v in teachers))
+    return torch.float64 if wide else torch.float32
 
 
 def kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -26,21 +37,27 @@ def kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
 
 
 def _kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
-    student, teacher, labels, mask, token_weights, num_items, spec, classes = call
-    R = compute_dtype(student, teacher)
-    rows = counted_rows(student, labels, mask, spec.ignore_index)  # [...] bool
+    student, teachers, mixture, labels, _, token_weights, num_items, z_seed, v_seed, spec, classes = call
+    R = compute_dtype(student, teachers)
+    rows = counted_rows(call)  # [...] bool
+    T = spec.temperature
 
     # A row that doesn't count may hold anything; it is replaced before any arithmetic, so that neither its
     # value nor its gradient can be NaN.
-    z = _logits(student, rows, classes, R, spec.student_scale, spec.student_softcap)
-    v = _logits(teacher, rows, classes, R, spec.teacher_scale, spec.teacher_softcap)
+    z = _logits(student, rows, classes, R, (spec.student_scale, spec.student_softcap))
+    z = _noised(z, spec.student_noise, z_seed, STUDENT)
+    each = [
+        _noised(_logits(v, rows, classes, R, options), spec.teacher_noise, v_seed, 2 * m)
+        for m, (v, options) in enumerate(zip(teachers, spec.teachers, strict=True))
+    ]
+    v = each[0] if mixture is None else T * mixed([x / T for x in each], mixture.to(R), rows, spec.row)
 
     zero = z.new_zeros(z.shape[:-1])
-    soft = soft_term(z, v, spec) if spec.soft_weight != 0 or spec.stats else zero
-    labelled = zero.bool() if labels is None else rows & (labels != spec.ignore_index)
+    target, labelled = _targets(call, rows) if labels is not None else (None, zero.bool())
+    soft = soft_term(z, v, target, spec) if spec.soft_weight != 0 or spec.stats else zero
     hard = (
-        hard_term(z, labels, labelled)
-        if labels is not None and (spec.hard_weight != 0 or spec.stats)
+        hard_term(z, target, labelled, spec.row)
+        if target is not None and (spec.hard_weight != 0 or spec.stats)
         else zero
     )
 
@@ -53,66 +70,171 @@ def _kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
     loss = torch.where(rows, loss, z.sum(-1) * 0)
     if token_weights is not None:
         loss = loss * torch.where(rows, token_weights.to(R), 0.0)
-    stats = _stats(z.detach(), v, soft.detach(), hard.detach(), labels, rows, labelled, num_items, spec)
+    stats = None
+    if spec.stats:
+        stats = _stats(z.detach(), v, soft.detach(), hard.detach(), target, rows, labelled, num_items, spec)
     return reduce(loss, rows, num_items, spec.reduction), stats
 
 
-def counted_rows(student: Tensor, labels: Tensor | None, mask: Tensor | None, ignore_index: int) -> Tensor:
+def counted_rows(call: Call) -> Tensor:
     """Which rows count: the mask, else the labelled ones, else all."""
-    if mask is not None:
-        return mask
-    if labels is not None:
-        return labels != ignore_index
-    return torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if call.mask is not None:
+        return call.mask
+    if call.labels is not None and not call.spec.row.binary:
+        return call.labels != call.spec.ignore_index
+    return torch.ones(call.student.shape[:-1], dtype=torch.bool, device=call.student.device)
 
 
-def _logits(x: Tensor, rows: Tensor, classes: int, R: torch.dtype, scale: float, softcap: float) -> Tensor:
+def _logits(
+    x: Tensor, rows: Tensor, classes: int, R: torch.dtype, post_processing: tuple[float, float]
+) -> Tensor:
+    scale, softcap = post_processing
     x = torch.where(rows.unsqueeze(-1), x[..., :classes].to(R), 0.0) * scale
     return softcap * torch.tanh(x / softcap) if softcap else x
 
 
-def soft_term(z: Tensor, v: Tensor, spec: LossSpec) -> Tensor:
+def _noised(x: Tensor, noise: Noise | None, seed: Tensor | None, stream: int) -> Tensor:
+    return x if noise is None or seed is None else noised(x, noise, seed, stream)
+
+
+def mixed(sides: list[Tensor], weights: Tensor, rows: Tensor, divergence: Divergence) -> Tensor:
+    """Logits over T whose probabilities are the weighted mean of those of the sides, logits over T.
+
+    A side of weight 0 may hold anything.
+    """
+    # Rows that don't count have no weights to speak of.
+    per_row = torch.where(rows.unsqueeze(-1), weights, 1.0).unbind(-1)  # [...] each
+    each = [torch.where((w == 0).unsqueeze(-1), 0.0, x) for x, w in zip(sides, per_row, strict=True)]
+
+    def mean(logs: list[Tensor]) -> Tensor:
+        terms = [lp + w.log().unsqueeze(-1) for lp, w in zip(logs, per_row, strict=True)]
+        return torch.logsumexp(torch.stack(terms), 0)
+
+    if divergence.binary:
+        sigmoid = torch.nn.functional.logsigmoid
+        return mean([sigmoid(u) for u in each]) - mean([sigmoid(-u) for u in each])
+    return mean([torch.log_softmax(u, -1) for u in each])
+
+
+def _targets(call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels as terms use them, 0 where there is none, and which rows have one."""
+    labels, spec, classes = call.labels, call.spec, call.classes
+    assert labels is not None
+    if spec.row.binary:
+        labels = torch.where(rows.unsqueeze(-1), labels, 0.0)
+        if spec.hard_weight == 0 and not spec.stats:
+            return labels, rows
+        return check_labels_here(labels, classes), rows
+    labelled = rows & (labels != spec.ignore_index)
+    needed = spec.row.target and (spec.soft_weight != 0 or spec.stats)
+    if spec.hard_weight == 0 and not spec.stats and not needed:
+        return torch.where(labelled, labels, 0).long(), labelled
+    target = torch.where(labelled, labels, torch.where(rows, UNLABELLED, 0) if needed else 0).long()
+    return check_labels_here(target, classes), labelled
+
+
+def soft_term(z: Tensor, v: Tensor, target: Tensor | None, spec: LossSpec) -> Tensor:
     """D(p, q) of each row at the spec's temperature, without T²."""
-    lq = torch.log_softmax(z / spec.temperature, -1)
-    lp = torch.log_softmax(v / spec.temperature, -1)
+    y, u = z / spec.temperature, v / spec.temperature
+    divergence, params = spec.row, spec.params
+    if divergence.target:
+        assert target is not None
+        return _around_target(y, u, target, divergence, params)
+    if divergence.normaliser == "softmax":
+        y, u = torch.log_softmax(y, -1), torch.log_softmax(u, -1)
+    elif divergence.normaliser == "mean":
+        finite = torch.isfinite(y) & torch.isfinite(u)
+        classes = finite.sum(-1, keepdim=True).clamp(min=1)
+        y, u = (x - torch.where(finite, x, 0.0).sum(-1, keepdim=True) / classes for x in (y, u))
+    return _sum(divergence, params, y, u)
+
+
+def _sum(divergence: Divergence, params: tuple[float, ...], lq: Tensor, lp: Tensor) -> Tensor:
     # A class that neither side can produce contributes nothing, whatever the divergence.
     dead = torch.isneginf(lq) & torch.isneginf(lp)
     lq, lp = lq.masked_fill(dead, 0.0), lp.masked_fill(dead, 0.0)
-    return TABLE[spec.divergence].phi(lq, lp, *spec.params).masked_fill(dead, 0.0).sum(-1)
+    return divergence.phi(lq, lp, *params).masked_fill(dead, 0.0).sum(-1)
 
 
-def hard_term(z: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
-    """Cross-entropy of each labelled row at T = 1, 0 elsewhere.
+def _around_target(
+    y: Tensor, u: Tensor, target: Tensor, divergence: Divergence, params: tuple[float, ...]
+) -> Tensor:
+    """The target against all others, and the others among themselves."""
+    # A label out of range, which only a CPU has looked at, makes its row NaN.
+    index, poison = _in_range(target, y)
+    logs, margins = [], []
+    for x in (y, u):
+        others = x.scatter(-1, index.unsqueeze(-1), -torch.inf)
+        lse = torch.logsumexp(others, -1)
+        margins.append(x.gather(-1, index.unsqueeze(-1)).squeeze(-1) - lse)
+        logs.append(others - torch.where(torch.isneginf(lse), 0.0, lse).unsqueeze(-1))
+    # Where the teacher is sure of the target, what the others share is nothing.
+    nobody = torch.isneginf(logs[1]).all(-1, keepdim=True)
+    among = _sum(divergence, params, logs[0].masked_fill(nobody, -torch.inf), logs[1])
+    return (params[0] * phi_binary_kl(*margins) + among) * poison
+
+
+def _in_range(target: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    inside = (target >= 0) & (target < z.shape[-1])
+    return torch.where(inside, target, 0), torch.where(inside, 1.0, torch.nan).to(z.dtype)
+
+
+def hard_term(z: Tensor, target: Tensor, labelled: Tensor, divergence: Divergence) -> Tensor:
+    """Cross-entropy of each labelled row at T = 1, 0 elsewhere; binary, the sum over its classes.
 
     A label out of range is an error on a CPU; elsewhere looking would wait for the device, and its row is
     NaN.
     """
-    target = torch.where(labelled, labels, 0).long()
-    if z.device.type == "cpu":
-        # As a node of its own where the compiler looks on, which can't follow a look at the data.
-        check = torch.ops.kdkernels.check_labels_v1 if torch.compiler.is_compiling() else check_labels
-        target = check(target, z.shape[-1])
-    in_range = (target >= 0) & (target < z.shape[-1])
-    target = torch.where(in_range, target, 0)
+    if divergence.binary:
+        poison = torch.where((target >= 0) & (target <= 1), 1.0, torch.nan).to(z.dtype)
+        return torch.where(labelled, phi_binary_cross_entropy(z, target.to(z.dtype) * poison).sum(-1), 0.0)
+    target, poison = _in_range(target, z)
     nll = -torch.log_softmax(z, -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    poison = torch.where(in_range, 1.0, torch.nan).to(nll.dtype)
     return torch.where(labelled, nll * poison, 0.0)
+
+
+def check_labels_here(target: Tensor, classes: int) -> Tensor:
+    """The same labels, checked where looking at them waits for nothing."""
+    if target.device.type != "cpu":
+        return target
+    # As a node of its own where the compiler looks on, which can't follow a look at the data.
+    check = torch.ops.kdkernels.check_labels_v1 if torch.compiler.is_compiling() else check_labels
+    return check(target, classes)
 
 
 def check_labels(target: Tensor, classes: int) -> Tensor:
     """The same labels, of which none is out of range."""
-    wrong = (target < 0) | (target >= classes)
+    if target.dtype.is_floating_point:
+        wrong = ~((target >= 0) & (target <= 1))
+    else:
+        wrong = (target < 0) | (target >= classes)
     if wrong.any():
-        row = int(wrong.flatten().int().argmax())
-        raise ValueError(label_error(int(target.flatten()[row]), row, target.numel(), classes))
+        first = int(wrong.flatten().int().argmax())
+        label = target.flatten()[first].item()
+        if target.dtype.is_floating_point:
+            raise ValueError(target_error(float(label), first // target.shape[-1], first % target.shape[-1]))
+        raise ValueError(label_error(int(label), first, target.numel(), classes))
     return target
 
 
 def label_error(label: int, row: int, rows: int, classes: int) -> str:
     """The message for a label out of range, the same on every backend."""
+    if label == UNLABELLED:
+        return (
+            f"labels must give every row that counts a class, since this divergence is about it; row {row} "
+            f"of {rows} has ignore_index: leave such rows out with mask=labels != ignore_index"
+        )
     return (
         f"labels must be in [0, {classes}) or equal to ignore_index, got {label} at row {row} of {rows}; "
         "mark rows without a label with ignore_index, or leave them out with mask"
+    )
+
+
+def target_error(label: float, row: int, column: int) -> str:
+    """The message for a target that is no probability, the same on every backend."""
+    return (
+        f"labels of a binary divergence must be in [0, 1], got {label} at row {row}, class {column}; leave "
+        "rows without labels out with mask"
     )
 
 
@@ -137,32 +259,35 @@ def _stats(
     v: Tensor,
     soft: Tensor,
     hard: Tensor,
-    labels: Tensor | None,
+    target: Tensor | None,
     rows: Tensor,
     labelled: Tensor,
     num_items: Tensor | float | None,
     spec: LossSpec,
-) -> Tensor | None:
-    if not spec.stats:
-        return None
+) -> Tensor:
     T = spec.temperature
     counted, answered = rows.sum(), labelled.sum()
 
     def over(x: Tensor, n: Tensor) -> Tensor:
         return torch.where(rows, x, 0.0).sum() / n.clamp(min=1)
 
-    best = z.argmax(-1)
+    if spec.row.binary:
+        best_z, best_v, entropy = z > 0, v > 0, _binary_entropy
+        agrees = (best_z == best_v).to(z.dtype).mean(-1)
+        correct = None if target is None else (best_z == (target > 0.5)).to(z.dtype).mean(-1)
+    else:
+        best, entropy = z.argmax(-1), _entropy
+        agrees = (best == v.argmax(-1)).to(z.dtype)
+        correct = None if target is None else (labelled & (best == target)).to(z.dtype)
     terms = "mean" if spec.reduction == "none" else spec.reduction
     return torch.stack(
         [
             reduce(torch.where(rows, spec.t_factor * soft, 0.0), rows, num_items, terms),
             reduce(torch.where(rows, hard, 0.0), rows, num_items, terms),
-            over(_entropy(z / T), counted),
-            over(_entropy(v / T), counted),
-            over((best == v.argmax(-1)).to(z.dtype), counted),
-            over((labelled & (best == labels)).to(z.dtype), answered)
-            if labels is not None
-            else counted * 0.0,
+            over(entropy(z / T), counted),
+            over(entropy(v / T), counted),
+            over(agrees, counted),
+            counted * 0.0 if correct is None else over(correct, answered),
             counted.to(z.dtype),
         ]
     ).detach()
@@ -172,3 +297,10 @@ def _entropy(x: Tensor) -> Tensor:
     lp = torch.log_softmax(x, -1)
     p = lp.exp()
     return -(p * torch.where(p > 0, lp, 0.0)).sum(-1)
+
+
+def _binary_entropy(x: Tensor) -> Tensor:
+    # log(1 + e^−|x|) + |x| / (1 + e^|x|)
+    x = x.abs()
+    e = torch.exp(-x)
+    return (torch.log1p(e) + torch.where(e > 0, x, 0.0) * e / (1 + e)).sum(-1)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from .backends import cpu, triton_
 from .caller import warn_once, while_tracing
-from .spec import LossSpec
+from .spec import Call
 
 
 class Backend(Protocol):
@@ -23,8 +22,8 @@ class Backend(Protocol):
     def knows(self, divergence: str) -> str | None:
         """Whether it has this row of the table."""
 
-    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
-        """Whether it can compute a loss of a divergence that it knows on these tensors."""
+    def supports(self, call: Call) -> str | None:
+        """Whether it can compute a loss of a divergence that it knows."""
 
 
 class _Absent:
@@ -39,7 +38,7 @@ class _Absent:
     def knows(self, divergence: str) -> str | None:
         return None
 
-    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
+    def supports(self, call: Call) -> str | None:
         return None
 
 
@@ -52,7 +51,7 @@ class _Reference:
     def knows(self, divergence: str) -> str | None:
         return None
 
-    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
+    def supports(self, call: Call) -> str | None:
         return None
 
 
@@ -61,18 +60,18 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def reason(backend: Backend, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
+def reason(backend: Backend, call: Call) -> str | None:
     """Why a backend can't run a call, or None where it can."""
     return (
-        backend.available(student.device)
-        or backend.knows(spec.divergence)
-        or backend.supports(spec, student, teacher)
+        backend.available(call.student.device)
+        or backend.knows(call.spec.divergence)
+        or backend.supports(call)
     )
 
 
-def why_unfused(spec: LossSpec, student: Tensor, teacher: Tensor) -> str:
+def why_unfused(call: Call) -> str:
     """Why no fused backend runs a call, each in its own words."""
-    reasons = {b.name: reason(b, spec, student, teacher) for b in BACKENDS.values()}
+    reasons = {b.name: reason(b, call) for b in BACKENDS.values()}
     return "; ".join(f"{name}: {why}" for name, why in reasons.items() if why)
 
 
@@ -93,27 +92,23 @@ def _only_by_name(backend: Backend, device: str) -> bool:
     return (backend.name, device) == ("triton", "cpu")
 
 
-def choose(name: str | None, spec: LossSpec, student: Tensor, teacher: Tensor) -> Backend:
+def choose(name: str | None, call: Call) -> Backend:
     """The backend that runs a call: the named one or an error, else the first that can."""
     if name is not None:
         backend = BACKENDS.get(name)
         if backend is None:
             raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-        why = reason(backend, spec, student, teacher)
+        why = reason(backend, call)
         if why is not None:
             raise RuntimeError(
                 f"backend={name!r} can't run this call: {why}; backend=None picks one that can, and "
                 "kd.explain says which"
             )
         return backend
-    device = student.device.type
-    chosen = next(
-        b
-        for b in BACKENDS.values()
-        if not _only_by_name(b, device) and reason(b, spec, student, teacher) is None
-    )
+    device = call.student.device.type
+    chosen = next(b for b in BACKENDS.values() if not _only_by_name(b, device) and reason(b, call) is None)
     if chosen.name == "reference" and device != "meta":
-        why = why_unfused(spec, student, teacher)
+        why = why_unfused(call)
         warn_once(
             f"unfused on {device}",
             f"kdkernels runs unfused, on backend='reference', for {device} tensors ({why})",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,13 +56,91 @@ class Logits:
 
     def __getitem__(self, rows: Any) -> Logits:
         """A selection of rows; the vocabulary dimension stays whole."""
-        z = self.z[(*rows, ...) if isinstance(rows, tuple) and Ellipsis not in rows else rows]
-        if z.dim() == 0 or z.shape[-1] != self.z.shape[-1]:
-            raise IndexError(
-                f"a source is indexed by rows only: {rows!r} on shape {tuple(self.z.shape)} gives "
-                f"{tuple(z.shape)}, which does not keep the last dimension"
+        return replace(self, z=_rows(self.z, rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """An ensemble of teachers, averaged as probabilities.
+
+    Formula: p = Σ w_m softmax(v_m / T), weights normalised to sum to 1. The gradient of a mean of KLs,
+    Σ w_m KL(p_m‖q), is that of KL(p‖q); averaging logits instead would be another ensemble. For `BinaryKL`
+    the sigmoids are averaged.
+
+    Args:
+        teachers: Logits `[..., V]`, tensors or `kd.Logits`, all of one shape; dtypes, strides and
+            post-processing may differ.
+        weights: None for equal ones, numbers, or a float tensor: `[M]`, or `[..., M]` for weights of each
+            row. At least 0, not all of them 0; a teacher of weight 0 in a row is not looked at there. A
+            tensor that breaks this is an error on a CPU; elsewhere looking would wait for the device, and the
+            row is NaN.
+
+    Raises:
+        TypeError: Teachers or weights of the wrong type.
+        ValueError: No teacher, or weights that don't fit.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 5 (arithmetic mean of
+        the ensemble's predictions).
+    """
+
+    teachers: Sequence[Tensor | Logits]
+    weights: Tensor | Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        # Tensors are checked when they are used, as in `Logits`.
+        if not isinstance(self.teachers, (list, tuple)):
+            raise TypeError(
+                f"teachers of Mixture must be a list of logits, got {type(self.teachers).__name__}; a "
+                "stacked tensor is taken apart by .unbind()"
             )
-        return replace(self, z=z)
+        object.__setattr__(self, "teachers", tuple(self.teachers))
+        if not self.teachers:
+            raise ValueError("teachers of Mixture must be at least one, got none")
+        # Of what a pytree put in the place of a tensor, nothing is asked.
+        if isinstance(self.weights, (list, tuple)):
+            object.__setattr__(self, "weights", _numbers(self.weights, len(self.teachers)))
+
+    def to(self, *args: Any, **kwargs: Any) -> Mixture:
+        """The same with its tensors, weights too, moved or cast as `Tensor.to` does."""
+        return self._each(lambda t: t.to(*args, **kwargs))
+
+    def pin_memory(self) -> Mixture:
+        """The same teachers in pinned memory."""
+        return self._each(lambda t: t.pin_memory())
+
+    def __getitem__(self, rows: Any) -> Mixture:
+        """A selection of rows, with their weights; the vocabulary dimension stays whole."""
+        weights = self.weights
+        if isinstance(weights, Tensor) and weights.dim() > 1:
+            weights = _rows(weights, rows)
+        return Mixture([_rows(t, rows) if isinstance(t, Tensor) else t[rows] for t in self.teachers], weights)
+
+    def _each(self, change: Any) -> Mixture:
+        weights = change(self.weights) if isinstance(self.weights, Tensor) else self.weights
+        return Mixture([change(t) for t in self.teachers], weights)
+
+
+def _numbers(weights: Sequence[float], teachers: int) -> tuple[float, ...]:
+    for w in weights:
+        if isinstance(w, bool) or not isinstance(w, (int, float)):
+            raise TypeError(f"weights of Mixture must be numbers or a tensor, got {type(w).__name__}")
+    if len(weights) != teachers:
+        raise ValueError(
+            f"weights of Mixture must be one for each of {teachers} teachers, got {len(weights)}"
+        )
+    if not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0:
+        raise ValueError(f"weights of Mixture must be >= 0, finite and not all 0, got {list(weights)}")
+    return tuple(weights)
+
+
+def _rows(x: Tensor, rows: Any) -> Tensor:
+    selected = x[(*rows, ...) if isinstance(rows, tuple) and Ellipsis not in rows else rows]
+    if selected.dim() == 0 or selected.shape[-1] != x.shape[-1]:
+        raise IndexError(
+            f"a source is indexed by rows only: {rows!r} on shape {tuple(x.shape)} gives "
+            f"{tuple(selected.shape)}, which does not keep the last dimension"
+        )
+    return selected
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -78,6 +157,18 @@ pytree.register_pytree_node(
     serialized_type_name="kdkernels.Logits",
 )
 
+pytree.register_pytree_node(
+    Mixture,
+    lambda s: (
+        [*s.teachers, s.weights] if isinstance(s.weights, Tensor) else list(s.teachers),
+        None if isinstance(s.weights, Tensor) else (s.weights,),
+    ),
+    lambda leaves, weights: (
+        Mixture([*leaves][:-1], [*leaves][-1]) if weights is None else Mixture([*leaves], *weights)
+    ),
+    serialized_type_name="kdkernels.Mixture",
+)
+
 
 def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
     """The raw logits of a `student` or `teacher` argument, checked, and their (scale, softcap)."""
@@ -87,7 +178,10 @@ def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
         z, options = source.z, (source.scale, source.softcap)
     if not isinstance(z, Tensor):
         got = type(z).__name__ if z is source else f"kd.Logits around {type(z).__name__}"
-        raise TypeError(f"{name} must be a torch.Tensor of logits or kd.Logits(z, scale, softcap), got {got}")
+        or_mixture = ", or kd.Mixture of those" if name == "teacher" else ""
+        raise TypeError(
+            f"{name} must be a torch.Tensor of logits or kd.Logits(z, scale, softcap){or_mixture}, got {got}"
+        )
     if z.dtype not in LOGIT_DTYPES:
         raise TypeError(
             f"{name} must hold float32, float64, bfloat16 or float16 logits, got {z.dtype}: "
@@ -96,3 +190,56 @@ def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
     if z.dim() == 0 or z.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., V] with V >= 1, got {tuple(z.shape)}")
     return z, options
+
+
+def unwrap_teachers(source: Any) -> tuple[list[Tensor], list[PostProcessing], Tensor | None]:
+    """The raw logits of a `teacher` argument, their (scale, softcap), and the weights of a mixture.
+
+    Weights are `[M]` or `[..., M]`, of float32 or float64, and sum to 1.
+    """
+    if not isinstance(source, Mixture):
+        v, options = unwrap("teacher", source)
+        return [v], [options], None
+    sides = [unwrap(f"teachers[{m}] of Mixture", teacher) for m, teacher in enumerate(source.teachers)]
+    logits, options_of_each = [v for v, _ in sides], [options for _, options in sides]
+    for m, v in enumerate(logits):
+        if v.shape != logits[0].shape or v.device != logits[0].device:
+            raise ValueError(
+                f"teachers of Mixture must have one shape and device, got {tuple(logits[0].shape)} on "
+                f"{logits[0].device} and, at {m}, {tuple(v.shape)} on {v.device}"
+            )
+    if len(logits) == 1 and not isinstance(source.weights, Tensor):
+        return logits, options_of_each, None
+    return logits, options_of_each, _mixture_weights(source, logits)
+
+
+def _mixture_weights(source: Mixture, logits: list[Tensor]) -> Tensor:
+    weights, first = source.weights, logits[0]
+    if weights is None:
+        weights = [1.0] * len(logits)
+    if isinstance(weights, (list, tuple)):
+        # Made on the device, number by number: a copy from the host would wait for it.
+        total = sum(weights)
+        return torch.stack([torch.full((), w / total, device=first.device) for w in weights])
+    if not isinstance(weights, Tensor) or not weights.dtype.is_floating_point:
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights of Mixture must be numbers or a float tensor, got {got}")
+    shapes = [(len(logits),), (*first.shape[:-1], len(logits))]
+    if tuple(weights.shape) not in shapes:
+        raise ValueError(
+            f"weights of Mixture must have shape {shapes[0]}, or {shapes[1]} for weights of each row, got "
+            f"{tuple(weights.shape)}"
+        )
+    if weights.device != first.device:
+        raise ValueError(
+            f"weights of Mixture must be on the teachers' device {first.device}, got {weights.device}; "
+            "move them with .to"
+        )
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weights of Mixture require grad, and kd_loss gives them none; pass weights.detach()"
+        )
+    weights = weights.detach().to(torch.float64 if weights.dtype == torch.float64 else torch.float32)
+    # Negative ones make their row NaN where nobody may look.
+    weights = torch.where(weights < 0, math.nan, weights)
+    return weights / weights.sum(-1, keepdim=True)

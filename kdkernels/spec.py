@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .divergences import Parametrised, resolve
+from .divergences import TABLE, Divergence, Parametrised, resolve
+from .noise import Noise
+from .sources import PostProcessing
 
 REDUCTIONS = ("mean", "sum", "none")
 STATS = 7  # figures of `KDStats`
@@ -36,9 +38,15 @@ class LossSpec:
     reduction: str
     student_scale: float
     student_softcap: float
-    teacher_scale: float
-    teacher_softcap: float
+    teachers: tuple[tuple[float, float], ...]  # scale and softcap of each
+    student_noise: Noise | None
+    teacher_noise: Noise | None
     stats: bool
+
+    @property
+    def row(self) -> Divergence:
+        """The divergence's row of the table."""
+        return TABLE[self.divergence]
 
 
 class Call(NamedTuple):
@@ -46,21 +54,28 @@ class Call(NamedTuple):
 
     Attributes:
         student: Raw logits, `[..., V]`.
-        teacher: Raw logits of the same leading shape, of any dtype and strides; detached.
-        labels: int64, `[...]`, or None.
+        teachers: Raw logits of the same leading shape, of any dtypes and strides; detached.
+        mixture: The teachers' weights, float32 or float64, `[M]` or `[..., M]`, which sum to 1; or None,
+            where there is one teacher.
+        labels: int64, `[...]`; floats `[..., V]` for a binary divergence; or None.
         mask: bool, `[...]`, or None.
         token_weights: Any float, `[...]`, or None.
         num_items: The denominator of a mean, or None for the number of counted rows.
+        student_seed: Of the student's noise, int64, 0-d, or None where there is none.
+        teacher_seed: Of the teachers', likewise.
         spec: All other options.
         classes: How many leading classes both softmaxes span.
     """
 
     student: Tensor
-    teacher: Tensor
+    teachers: tuple[Tensor, ...]
+    mixture: Tensor | None
     labels: Tensor | None
     mask: Tensor | None
     token_weights: Tensor | None
     num_items: Tensor | float | None
+    student_seed: Tensor | None
+    teacher_seed: Tensor | None
     spec: LossSpec
     classes: int
 
@@ -81,8 +96,10 @@ def new_spec(
     hard_weight: float | None,
     ignore_index: int,
     reduction: str,
-    student: tuple[float, float | None],
-    teacher: tuple[float, float | None],
+    student: PostProcessing,
+    teachers: tuple[PostProcessing, ...],
+    student_noise: Noise | None,
+    teacher_noise: Noise | None,
     stats: bool,
 ) -> LossSpec:
     """The record of a call's options; raises on a bad one, by name."""
@@ -107,8 +124,9 @@ def new_spec(
         reduction=reduction,
         student_scale=float(student[0]),
         student_softcap=float(student[1] or 0.0),
-        teacher_scale=float(teacher[0]),
-        teacher_softcap=float(teacher[1] or 0.0),
+        teachers=tuple((float(scale), float(cap or 0.0)) for scale, cap in teachers),
+        student_noise=student_noise,
+        teacher_noise=teacher_noise,
         stats=stats,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..layout import common_rows
-from ..reference import label_error
+from ..reference import compute_dtype, label_error
 from ..spec import REDUCTIONS, STATS, Call, LossSpec
 
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
@@ -61,15 +61,21 @@ class CpuBackend:
             return f"has no C++ expression of the divergence {divergence!r}"
         return None
 
-    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
-        """None: whatever it knows, of any shape."""
+    def supports(self, call: Call) -> str | None:
+        """None, or what it doesn't do yet."""
+        spec = call.spec
+        if spec.student_noise or spec.teacher_noise:
+            return "has no noise yet"
+        if call.mixture is not None:
+            return "has no mixtures yet"
+        if spec.row.normaliser != "softmax" or spec.row.target:
+            return f"has no {spec.divergence} yet"
         return None
 
     def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss, the stats where the spec asks for them, and what is kept for backward."""
-        student, teacher, spec = call.student, call.teacher, call.spec
-        wide = student.dtype is torch.float64 or teacher.dtype is torch.float64
-        R = torch.float64 if wide else torch.float32
+        student, spec = call.student, call.spec
+        R = compute_dtype(student, call.teachers)
         leading = student.shape[:-1]
         loss = torch.empty(leading if spec.reduction == "none" else (), dtype=R)
         stats = torch.empty(STATS, dtype=torch.float64) if spec.stats else None
@@ -125,8 +131,8 @@ class CpuBackend:
         upstream: Tensor | None = None,
     ) -> None:
         library = self._library
-        student, teacher, labels, mask, token_weights, num_items, spec, classes = call
-        student, teacher, shape, z_strides, v_strides = common_rows(student, teacher, _MAX_DIMS)
+        student, teachers, _, labels, mask, token_weights, num_items, _, _, spec, classes = call
+        (student, teacher), shape, (z_strides, v_strides) = common_rows([student, *teachers], _MAX_DIMS)
         rows = student.shape[:-1].numel()
         # These are [rows] only; the copies live until the library returns.
         labels = None if labels is None else labels.contiguous()
@@ -164,7 +170,7 @@ class CpuBackend:
                 self._library.number(spec.divergence), *params,
                 spec.temperature, spec.soft_weight, spec.t_factor, spec.hard_weight,
                 spec.ignore_index, REDUCTIONS.index(spec.reduction),
-                spec.student_scale, spec.student_softcap, spec.teacher_scale, spec.teacher_softcap,
+                spec.student_scale, spec.student_softcap, *spec.teachers[0],
                 int(spec.stats), tuning.CPU.stream_bytes, tuning.CPU.grain, tuning.CPU.huge_bytes,
             )  # fmt: skip
         return packed

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import Call, LossSpec
+from ..spec import Call
 
 DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
 
@@ -46,8 +46,15 @@ class TritonBackend:
         """None: whatever the table of divergences has."""
         return None
 
-    def supports(self, spec: LossSpec, student: Tensor, teacher: Tensor) -> str | None:
-        """None: of any shape."""
+    def supports(self, call: Call) -> str | None:
+        """None, or what it doesn't do yet."""
+        spec = call.spec
+        if spec.student_noise or spec.teacher_noise:
+            return "has no noise yet"
+        if call.mixture is not None:
+            return "has no mixtures yet"
+        if spec.row.normaliser != "softmax" or spec.row.target:
+            return f"has no {spec.divergence} yet"
         return None
 
     def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:

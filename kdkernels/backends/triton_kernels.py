@@ -565,7 +565,7 @@ def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None
     """The loss, the stats where the spec asks for them, and what is kept for backward."""
     student, spec = call.student, call.spec
     leading, rows = student.shape[:-1], student.shape[:-1].numel()
-    R, device = compute_dtype(student, call.teacher), student.device
+    R, device = compute_dtype(student, call.teachers), student.device
     each = spec.reduction == "none"
     # Without stats the rows' losses are the only figures, and returned as they are, not as a view of more.
     shape = (FIGURES.value, rows) if spec.stats else leading if each else (rows,)
@@ -682,28 +682,29 @@ def launch(
     upstream: Tensor | None = None,
 ) -> None:
     """One program a row: reads or fills whatever of these the mode is about."""
-    student, teacher, labels, mask, token_weights, _, spec, classes = call
+    student, teachers, _, labels, mask, token_weights, _, _, _, spec, classes = call
     rows, width = student.shape[:-1].numel(), student.shape[-1]
     if rows == 0:
         return
-    z, v, shape, z_strides, v_strides = common_rows(student, teacher, 3)
+    (z, v), shape, (z_strides, v_strides) = common_rows([student, *teachers], 3)
+    teacher_scale, teacher_softcap = spec.teachers[0]
     none = [0] * (3 - len(shape))
     divergence = TABLE[spec.divergence]
     T = spec.temperature
     # A cap is applied to scaled logits, so that the scale goes inside.
     z_scale = 1.0 if spec.student_softcap else spec.student_scale
-    v_scale = 1.0 if spec.teacher_softcap else spec.teacher_scale
-    z_cap, v_cap = spec.student_softcap or 1.0, spec.teacher_softcap or 1.0
+    v_scale = 1.0 if teacher_softcap else teacher_scale
+    z_cap, v_cap = spec.student_softcap or 1.0, teacher_softcap or 1.0
     params = (*spec.params, *[0.0] * (4 - len(spec.params)))
     uses_labels = labels is not None and (spec.hard_weight != 0 or spec.stats)
     hard = NO_HARD if not uses_labels else SHARED_HARD if T == 1 else OWN_HARD
     if labels is not None and uses_labels and student.device.type == "cpu":
         # Elsewhere looking would wait for the device.
-        labelled = counted_rows(student, labels, mask, spec.ignore_index) & (labels != spec.ignore_index)
+        labelled = counted_rows(call) & (labels != spec.ignore_index)
         check_labels(torch.where(labelled, labels, 0), classes)
     counted, given, number = items.arguments
-    R = compute_dtype(student, teacher)
-    itemsize = max(student.element_size(), teacher.element_size())
+    R = compute_dtype(student, teachers)
+    itemsize = max(student.element_size(), v.element_size())
     align = math.gcd(ALIGNMENT, classes, width, *z_strides, *v_strides)
     units = z.stride(-1) == 1, v.stride(-1) == 1
     config = tuning.triton(width, itemsize, align if all(units) else 1, spec.stats, lanes(student.device))
@@ -719,7 +720,7 @@ def launch(
         *none, *z_strides, z.stride(-1), *none, *v_strides, v.stride(-1),
         0 if upstream is None or upstream.dim() == 0 else 1,
         z_scale / T, v_scale / T, z_scale, T,
-        z_cap, spec.student_scale / z_cap, v_cap, spec.teacher_scale / v_cap, spec.student_scale,
+        z_cap, spec.student_scale / z_cap, v_cap, teacher_scale / v_cap, spec.student_scale,
         spec.t_factor, spec.soft_weight, spec.hard_weight,
         spec.soft_weight * spec.t_factor * z_scale / T, spec.hard_weight * z_scale,
         *params, number,
@@ -729,7 +730,7 @@ def launch(
         MODE=mode, SOFT=spec.soft_weight != 0 or spec.stats, HARD=hard.value, STATS=spec.stats,
         MEAN=spec.reduction == "mean", **items.constants,
         LABELS=labels is not None, MASK=mask is not None, WEIGHTS=token_weights is not None,
-        Z_CAPPED=spec.student_softcap != 0, V_CAPPED=spec.teacher_softcap != 0,
+        Z_CAPPED=spec.student_softcap != 0, V_CAPPED=teacher_softcap != 0,
         Z_UNIT=units[0], V_UNIT=units[1], WHOLE=config.whole,
         R=TYPES[R], BLOCK=config.block, GROUP=config.group, AXIS=0 if config.strided else 1, ALIGN=align,
         num_warps=config.warps,

@@ -14,6 +14,14 @@ def exp(x):
 
 
 @triton.jit
+def expm1(x):
+    """e^x − 1, with the digits of a small x (Kahan's quotient)."""
+    u = tl.exp(x)
+    safe = tl.where((u == 1.0) | (u == 0.0) | (u == float("inf")), 2.0, u)
+    return tl.where(u == 1.0, x, tl.where(safe == u, (u - 1.0) * (x / tl.log(safe)), u - 1.0))
+
+
+@triton.jit
 def log(x):
     return tl.log(x)
 
