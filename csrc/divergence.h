@@ -1,17 +1,25 @@
 // The divergences, each once for every C++ backend: read by the host compiler and by CUDA's.
 //
 // A divergence is a pair over one class, phi and g = d phi / d lq, of the student's and the teacher's log-probabilities
-// lq and lp; D = sum phi, and the gradient with respect to the student's logits is dz = (g - q sum g) / T. Two kinds:
+// lq and lp; D = sum phi, and the gradient with respect to the student's logits is dz = (g - q sum g) / T. Kinds:
 //
 //   Cross: D follows from one weighted sum that the first read of the rows accumulates, X = sum e^a (A a + B b), with a
 //          the weighing side's shifted logits and b the other's; no second phase. kTeacherWeighs says which side a is.
-//   Pair:  phi and g are summed in a phase of their own, once the normalisers are known.
+//   Pair:  phi and g are summed in a phase of their own, once the normalisers are known. kLogs says whether lq and lp
+//          are looked at, or q and p alone.
+//   kCentered, kPlain: phi and g are of the logits over T themselves, less their mean or not; dz = g / T.
 //
-// The includer provides KD_FN (how a function is declared), kd_expm1 (of what is at most 0) and kd_log1p for its real type.
-// The same expressions stand in kdkernels/divergences.py; a test pins the two spellings to each other.
+// kTarget: the pair is about the classes that are not the row's label; the label's own term is alpha binary_kl of the
+// margins. kBinary: every class is a question of its own, the hard term too.
+//
+// The includer provides KD_FN (how a function is declared), kd_exp (of what is at most 88), kd_power (e^x of any x),
+// kd_expm1 (of what is at most 0) and kd_log1p for its real type. The same expressions stand in kdkernels/divergences.py; a test pins the two
+// spellings to each other.
 #pragma once
 
 namespace {
+
+enum Normaliser { kSoftmax, kCentered, kPlain };
 
 // The two expressions of one class, given its log-probabilities and its probabilities.
 template <class R>
@@ -19,13 +27,21 @@ struct Terms {
   R phi, g;
 };
 
+// What a divergence is unless it says otherwise. It holds up to four parameters and nothing else.
+template <class R>
+struct Pair {
+  static constexpr bool kCross = false, kTeacherWeighs = false, kLogs = true, kTarget = false, kBinary = false;
+  static constexpr Normaliser kNormaliser = kSoftmax;
+  static constexpr R kA = 0, kB = 0;
+};
+
 // KL(p || q) = <p, u - y> - lse u + lse y; gradient T (q - p).
 template <class R>
-struct ForwardKL {
+struct ForwardKL : Pair<R> {
   static constexpr bool kCross = true, kTeacherWeighs = true;
   static constexpr R kA = 1, kB = -1;
   R unused[4];
-  static KD_FN double value(double x, double s, double lse_weighing, double lse_other) {
+  KD_FN double value(double x, double s, double lse_weighing, double lse_other) const {
     return x / s - lse_weighing + lse_other;
   }
   KD_FN Terms<R> terms(R lq, R lp, R, R p) const {
@@ -35,11 +51,11 @@ struct ForwardKL {
 
 // H(p, q) = -<p, y> + lse y; the gradient of the forward KL.
 template <class R>
-struct SoftCrossEntropy {
+struct SoftCrossEntropy : Pair<R> {
   static constexpr bool kCross = true, kTeacherWeighs = true;
   static constexpr R kA = 0, kB = 1;
   R unused[4];
-  static KD_FN double value(double x, double s, double, double lse_other) { return lse_other - x / s; }
+  KD_FN double value(double x, double s, double, double lse_other) const { return lse_other - x / s; }
   KD_FN Terms<R> terms(R lq, R, R, R p) const {
     return {-p * (p > 0 ? lq : R(0)), -p};
   }
@@ -47,11 +63,11 @@ struct SoftCrossEntropy {
 
 // KL(q || p) = <q, y - u> - lse y + lse u; gradient T q (l - <q, l>), l = log(q / p).
 template <class R>
-struct ReverseKL {
+struct ReverseKL : Pair<R> {
   static constexpr bool kCross = true, kTeacherWeighs = false;
   static constexpr R kA = 1, kB = -1;
   R unused[4];
-  static KD_FN double value(double x, double s, double lse_weighing, double lse_other) {
+  KD_FN double value(double x, double s, double lse_weighing, double lse_other) const {
     return x / s - lse_weighing + lse_other;
   }
   KD_FN Terms<R> terms(R lq, R lp, R q, R) const {
@@ -60,27 +76,192 @@ struct ReverseKL {
   }
 };
 
-// beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. With d = lp - lq, the exponential of -|d| keeps
-// both logs finite at any margin, and log1p keeps them accurate where p is near q.
+// A mixture m = w p + (1 - w) q at one class. With d = lp - lq, the exponential of -|d| keeps both logs finite at any
+// margin, and log1p keeps them accurate where p is near q.
 template <class R>
-struct JSD {
-  static constexpr bool kCross = false, kTeacherWeighs = false;
-  static constexpr R kA = 0, kB = 0;
+struct Mixed {
+  bool student_larger;
+  R d, t, mix, log_mix;
+  KD_FN Mixed(R lq, R lp, R w) {
+    d = lp - lq;
+    student_larger = d < 0;
+    t = kd_expm1(student_larger ? d : -d);
+    mix = (student_larger ? w : 1 - w) * t;
+    log_mix = kd_log1p(mix);
+  }
+  KD_FN R lq_lm() const { return -log_mix - (student_larger ? R(0) : d); }
+  KD_FN R lp_lm() const { return -log_mix + (student_larger ? d : R(0)); }
+  KD_FN R q_over_m() const { return (student_larger ? R(1) : 1 + t) / (1 + mix); }
+  KD_FN R p_over_m() const { return (student_larger ? 1 + t : R(1)) / (1 + mix); }
+};
+
+// beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+template <class R>
+struct JSD : Pair<R> {
   R beta, unused[3];
   KD_FN Terms<R> terms(R lq, R lp, R q, R p) const {
-    R d = lp - lq;
-    bool student_larger = d < 0;
-    R t = kd_expm1(student_larger ? d : -d);
-    R log_mix = kd_log1p((student_larger ? beta : 1 - beta) * t);
-    R lq_lm = q > 0 ? -log_mix - (student_larger ? R(0) : d) : R(0);
-    R lp_lm = p > 0 ? -log_mix + (student_larger ? d : R(0)) : R(0);
-    R g = (1 - beta) * q * lq_lm;
-    return {beta * p * lp_lm + g, g};
+    Mixed<R> m(lq, lp, beta);
+    R g = (1 - beta) * q * (q > 0 ? m.lq_lm() : R(0));
+    return {beta * p * (p > 0 ? m.lp_lm() : R(0)) + g, g};
   }
 };
 
-// Every divergence: X(number, template, name in the Python table).
-#define KD_DIVERGENCES(X) X(0, ForwardKL, "forward_kl") X(1, SoftCrossEntropy, "soft_cross_entropy") \
-  X(2, ReverseKL, "reverse_kl") X(3, JSD, "jsd")
+// KL(p || m), m = alpha p + (1 - alpha) q.
+template <class R>
+struct SkewKL : Pair<R> {
+  R alpha, unused[3];
+  KD_FN Terms<R> terms(R lq, R lp, R, R p) const {
+    Mixed<R> m(lq, lp, alpha);
+    return {p * (p > 0 ? m.lp_lm() : R(0)), -(1 - alpha) * p * m.q_over_m()};
+  }
+};
+
+// KL(q || m), m = (1 - alpha) p + alpha q.
+template <class R>
+struct SkewReverseKL : Pair<R> {
+  R alpha, unused[3];
+  KD_FN Terms<R> terms(R lq, R lp, R q, R) const {
+    Mixed<R> m(lq, lp, 1 - alpha);
+    R phi = q * (q > 0 ? m.lq_lm() : R(0));
+    return {phi, phi + (1 - alpha) * q * m.p_over_m()};
+  }
+};
+
+// |p - q| / 2; g = q sign(q - p) / 2.
+template <class R>
+struct TVD : Pair<R> {
+  static constexpr bool kLogs = false;
+  R unused[4];
+  KD_FN Terms<R> terms(R, R, R q, R p) const {
+    R difference = q - p;
+    bool less = q < p, more = q > p;
+    return {R(0.5) * (less ? -difference : difference), R(0.5) * (less ? -q : more ? q : difference)};
+  }
+};
+
+// (q - p)^2 / 2; g = q (q - p).
+template <class R>
+struct SquaredError : Pair<R> {
+  static constexpr bool kLogs = false;
+  R unused[4];
+  KD_FN Terms<R> terms(R, R, R q, R p) const {
+    R difference = q - p;
+    return {R(0.5) * difference * difference, q * difference};
+  }
+};
+
+// -(p^alpha q^beta - alpha / s p^s - beta / s q^s) / (alpha beta), s = alpha + beta, and its limits. Relative to the
+// larger of p and q, whose exponent is a, with t = -|lp - lq|, b the other exponent and e(c) = (e^(ct) - 1) / c, which is
+// t at c = 0: phi = larger^s (e^(at) e(b) - e(a)) / s; at s = 0 (e(a) - t) / a; at a = b = 0 t^2 / 2. Nothing divides by
+// alpha or beta. kSigned: an exponent may be negative, so that its power grows with the margin.
+template <class R, bool kSigned>
+struct AlphaBetaOf : Pair<R> {
+  R alpha, beta, unused[2];
+  static KD_FN R magnitude(R x) { return x < 0 ? -x : x; }
+  static KD_FN R inverse(R x) { return x == 0 ? R(0) : 1 / x; }
+
+  // As arithmetic, since gcc makes two paths, and no vectors, of many selections by one condition.
+  static KD_FN R either(R student_larger, R yes, R no) { return student_larger * yes + (1 - student_larger) * no; }
+
+  KD_FN Terms<R> terms(R lq, R lp, R, R) const {
+    const R s = alpha + beta, over_s = inverse(s);
+    const R size_alpha = magnitude(alpha), size_beta = magnitude(beta);
+    const R over_alpha = inverse(size_alpha), over_beta = inverse(size_beta);
+    const R d = lp - lq, student_larger = d < 0 ? R(1) : R(0);
+    const R t = d < -d ? d : -d, f = t < R(-1e30) ? R(-1e30) : t;  // f: no product with it is 0 inf
+    const R at = either(student_larger, size_alpha, size_beta) * f, bt = either(student_larger, size_beta, size_alpha) * f;
+    const R grown_a = kd_expm1(at), grown_b = kd_expm1(bt);
+    // e(a) and e(b) for exponents of their sizes; those of negative ones are these times e^(-ct).
+    const R e_a = at == 0 ? t : grown_a * either(student_larger, over_alpha, over_beta);
+    const R e_b = bt == 0 ? t : grown_b * either(student_larger, over_beta, over_alpha);
+    const R log_larger = s * (lq > lp ? lq : lp);
+    R from_larger, from_both;
+    if constexpr (kSigned) {
+      const R a = either(student_larger, alpha, beta) * f, b = either(student_larger, beta, alpha) * f;
+      from_larger = kd_power(log_larger + (a > 0 ? a : R(0)));
+      from_both = kd_power(log_larger + a + (b > 0 ? b : R(0)));
+    } else {
+      from_larger = kd_exp(log_larger);
+      from_both = from_larger * (1 + grown_a);
+    }
+    const R subtrahend = from_larger * e_a, minuend = from_both * (from_both == 0 ? R(0) : e_b);
+    // With s = 0 the other exponent is -a.
+    const R over_a = either(student_larger, inverse(alpha), inverse(beta));
+    const R at_s_0 = alpha == 0 ? R(0.5) * t * t : (subtrahend - t) * over_a;
+    return {s == 0 ? at_s_0 : (minuend - subtrahend) * over_s, d < 0 ? -subtrahend : minuend};
+  }
+};
+template <class R>
+using AlphaBeta = AlphaBetaOf<R, false>;
+template <class R>
+using AlphaBetaSigned = AlphaBetaOf<R, true>;
+
+// (y - u)^2 / 2, of logits over T.
+template <class R>
+struct LogitMSE : Pair<R> {
+  static constexpr Normaliser kNormaliser = kPlain;
+  R unused[4];
+  KD_FN Terms<R> terms(R y, R u, R, R) const {
+    R difference = y - u;
+    return {R(0.5) * difference * difference, difference};
+  }
+};
+template <class R>
+struct CenteredLogitMSE : LogitMSE<R> {
+  static constexpr Normaliser kNormaliser = kCentered;
+};
+
+// KL of yes and no, p = sigmoid u, q = sigmoid y; g = q - p. Both outcomes exchanged it is the same: the teacher's rarer
+// one is taken, so that nothing cancels where both sides are sure.
+template <class R>
+KD_FN Terms<R> binary_kl(R y, R u) {
+  const bool exchanged = u > 0;
+  const R x = exchanged ? -y : y, w = exchanged ? -u : u;
+  const bool unlikely = x > 0;  // what the teacher thinks the rarer, the student the likelier outcome
+  const R t = kd_exp(w), e = kd_exp(unlikely ? -x : x), over_t = 1 / (1 + t), p = t * over_t;
+  const R from_student = p > 0 ? (unlikely ? over_t * x + p * w : p * (w - x)) : (unlikely ? x : R(0));
+  const R difference = (unlikely ? R(1) : e) / (1 + e) - p;
+  return {kd_log1p((e - t) * over_t) + from_student, exchanged ? -difference : difference};
+}
+
+// -y log sigmoid z - (1 - y) log(1 - sigmoid z), the hard term of a binary divergence; g = sigmoid z - y.
+template <class R>
+KD_FN Terms<R> binary_cross_entropy(R z, R y) {
+  const bool likely = z > 0;
+  const R n = likely ? -z : z, weight = likely ? 1 - y : y, e = kd_exp(n);
+  return {kd_log1p(e) - weight * (weight == 0 ? R(0) : n), (likely ? R(1) : e) / (1 + e) - y};
+}
+
+template <class R>
+struct BinaryKL : Pair<R> {
+  static constexpr Normaliser kNormaliser = kPlain;
+  static constexpr bool kBinary = true;
+  R unused[4];
+  KD_FN Terms<R> terms(R y, R u, R, R) const { return binary_kl(y, u); }
+};
+
+// alpha binary_kl(margins of the target) + beta KL(p || q) among the others.
+template <class R>
+struct DKD : Pair<R> {
+  static constexpr bool kCross = true, kTeacherWeighs = true, kTarget = true;
+  static constexpr R kA = 1, kB = -1;
+  R alpha, beta, unused[2];
+  KD_FN double value(double x, double s, double lse_weighing, double lse_other) const {
+    return beta * (x / s - lse_weighing + lse_other);
+  }
+  KD_FN Terms<R> terms(R lq, R lp, R, R p) const {
+    return {beta * p * (p > 0 ? lp - lq : R(0)), -beta * p};
+  }
+};
+
+// Every divergence: X(number, template, name in the Python table). The signed one has no name of its own: it takes the
+// place of the other where a parameter is negative.
+#define KD_DIVERGENCES(X)                                                                                      \
+  X(0, ForwardKL, "forward_kl") X(1, SoftCrossEntropy, "soft_cross_entropy") X(2, ReverseKL, "reverse_kl")     \
+  X(3, JSD, "jsd") X(4, SkewKL, "skew_kl") X(5, SkewReverseKL, "skew_reverse_kl") X(6, TVD, "tvd")             \
+  X(7, SquaredError, "squared_error") X(8, AlphaBeta, "alpha_beta") X(9, AlphaBetaSigned, "alpha_beta < 0")    \
+  X(10, LogitMSE, "logit_mse") X(11, CenteredLogitMSE, "centered_logit_mse") X(12, DKD, "dkd")                 \
+  X(13, BinaryKL, "binary_kl")
+constexpr int kAlphaBeta = 8, kAlphaBetaSigned = 9;
 
 }  // namespace

@@ -202,8 +202,8 @@ def check_labels_here(target: Tensor, classes: int) -> Tensor:
     return check(target, classes)
 
 
-def check_labels(target: Tensor, classes: int) -> Tensor:
-    """The same labels, of which none is out of range."""
+def check_labels(target: Tensor, classes: int, first_row: int = 0) -> Tensor:
+    """The same labels, of which none is out of range. Rows are counted from `first_row`."""
     if target.dtype.is_floating_point:
         wrong = ~((target >= 0) & (target <= 1))
     else:
@@ -212,8 +212,9 @@ def check_labels(target: Tensor, classes: int) -> Tensor:
         first = int(wrong.flatten().int().argmax())
         label = target.flatten()[first].item()
         if target.dtype.is_floating_point:
-            raise ValueError(target_error(float(label), first // target.shape[-1], first % target.shape[-1]))
-        raise ValueError(label_error(int(label), first, target.numel(), classes))
+            row, column = divmod(first, target.shape[-1])
+            raise ValueError(target_error(float(label), first_row + row, column))
+        raise ValueError(label_error(int(label), first_row + first, target.numel(), classes))
     return target
 
 

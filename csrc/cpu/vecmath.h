@@ -1,4 +1,4 @@
-// exp, expm1 and log1p as polynomials that a compiler vectorises, in float and double, without libm.
+// exp, expm1, log, log1p, sine and cosine as polynomials that a compiler vectorises, in float and double, without libm.
 //
 // Coefficients are minimax fits of our own (Remez; relative errors in the comments). NaN stays NaN; a result
 // below the smallest normal number is flushed to 0. Each function states its domain, which is all that the kernel uses.
@@ -25,8 +25,8 @@ struct Real<float> {
   static constexpr Int kOne = 0x3f800000, kSqrtHalf = 0x3f3504f3;
   static constexpr float kLog2e = 1.44269504f, kLn2Hi = 0.693145752f, kLn2Lo = 1.42860677e-6f, kLn2 = 0.693147181f;
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kMin = -88.029692f;  // -127 ln 2
-  static constexpr float kInf = __builtin_huge_valf();
+  static constexpr float kMin = -88.029692f, kMax = 88.0f;  // -127 ln 2, and less than 127.5 ln 2
+  static constexpr float kInf = __builtin_huge_valf(), kSmallest = 0x1p-126f;  // the latter a normal number
 
   // e^r - 1 on |r| <= ln(2)/2, relative error 3e-9.
   static KD_FN float expm1_reduced(float r) {
@@ -49,6 +49,18 @@ struct Real<float> {
     float f2 = f * f;
     return p * (f2 * f) + (f - 0.5f * f2);
   }
+  // Taylor series: the first omitted terms, x^11 / 11! and x^10 / 10!, are below 2e-9 and 3e-8 on |x| <= pi/4.
+  static KD_FN void sincos_reduced(float x, float& sine, float& cosine) {
+    float x2 = x * x, s = 1.0f / 362880, c = 1.0f / 40320;
+    s = s * x2 - 1.0f / 5040;
+    s = s * x2 + 1.0f / 120;
+    s = s * x2 - 1.0f / 6;
+    c = c * x2 - 1.0f / 720;
+    c = c * x2 + 1.0f / 24;
+    c = c * x2 - 0.5f;
+    sine = s * (x2 * x) + x;
+    cosine = c * x2 + 1;
+  }
 };
 
 template <>
@@ -60,8 +72,8 @@ struct Real<double> {
   static constexpr double kLog2e = 1.4426950408889634, kLn2Hi = 0.69314718036912382, kLn2Lo = 1.9082149292705877e-10,
                           kLn2 = 0.69314718055994531;
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kMin = -709.0895657128241;  // -1023 ln 2
-  static constexpr double kInf = __builtin_huge_val();
+  static constexpr double kMin = -709.0895657128241, kMax = 709.0;  // -1023 ln 2, and less than 1023.5 ln 2
+  static constexpr double kInf = __builtin_huge_val(), kSmallest = 0x1p-1022;
 
   // The Taylor series: its first omitted term, r^14 / 14!, is below 5e-18 there.
   static KD_FN double expm1_reduced(double r) {
@@ -94,6 +106,26 @@ struct Real<double> {
     p = p * s2 + 1.0 / 3;
     // 2s + 2s^3 p, with 2s = f - s f so that small f loses nothing.
     return f - s * (f - 2 * s2 * p);
+  }
+  // Taylor series: the first omitted terms, x^19 / 19! and x^18 / 18!, are below 1e-19 and 3e-18.
+  static KD_FN void sincos_reduced(double x, double& sine, double& cosine) {
+    double x2 = x * x, s = 1.0 / 355687428096000, c = 1.0 / 20922789888000;
+    s = s * x2 - 1.0 / 1307674368000;
+    s = s * x2 + 1.0 / 6227020800;
+    s = s * x2 - 1.0 / 39916800;
+    s = s * x2 + 1.0 / 362880;
+    s = s * x2 - 1.0 / 5040;
+    s = s * x2 + 1.0 / 120;
+    s = s * x2 - 1.0 / 6;
+    c = c * x2 - 1.0 / 87178291200;
+    c = c * x2 + 1.0 / 479001600;
+    c = c * x2 - 1.0 / 3628800;
+    c = c * x2 + 1.0 / 40320;
+    c = c * x2 - 1.0 / 720;
+    c = c * x2 + 1.0 / 24;
+    c = c * x2 - 0.5;
+    sine = s * (x2 * x) + x;
+    cosine = c * x2 + 1;
   }
 };
 
@@ -145,10 +177,46 @@ KD_FN R log1p_(R x) {
 
 KD_FN float kd_exp(float x) { return exp_(x); }
 KD_FN double kd_exp(double x) { return exp_(x); }
+// e^x of any x, infinite where it is too large.
+template <class R>
+KD_FN R kd_power(R x) {
+  constexpr R kMax = Real<R>::kMax;
+  return x > kMax ? Real<R>::kInf : exp_(x > kMax ? kMax : x);
+}
 KD_FN float kd_expm1(float x) { return expm1_(x); }
 KD_FN double kd_expm1(double x) { return expm1_(x); }
 KD_FN float kd_log1p(float x) { return log1p_(x); }
 KD_FN double kd_log1p(double x) { return log1p_(x); }
+
+// log x of a normal number.
+template <class R>
+KD_FN R log_(R x) {
+  using M = Real<R>;
+  using Int = typename M::Int;
+  Int e = (bits<Int>(x) - M::kSqrtHalf) >> M::kMantissa;
+  R inverse = bits<R>((Int)(M::kOne - (e << M::kMantissa)));
+  return (R)e * M::kLn2 + M::log1p_reduced(x * inverse - 1);
+}
+KD_FN float kd_log_unit(float x) { return log_(x); }
+KD_FN double kd_log_unit(double x) { return log_(x); }
+
+KD_FN float kd_sqrt(float x) { return __builtin_sqrtf(x); }
+KD_FN double kd_sqrt(double x) { return __builtin_sqrt(x); }
+
+// Sine and cosine of 2 pi u, 0 <= u <= 1: of the nearest quarter turn, exactly, and of what is left, at most pi / 4.
+template <class R>
+KD_FN void sincos_turns(R u, R& sine, R& cosine) {
+  using M = Real<R>;
+  R quarters = u * 4, rounded = quarters + M::kRound;
+  int quarter = (int)(unsigned)bits<typename M::UInt>(rounded);
+  R x = (quarters - (rounded - M::kRound)) * R(1.5707963267948966), s, c;
+  M::sincos_reduced(x, s, c);
+  R along = quarter & 1 ? s : c, across = quarter & 1 ? c : s;
+  cosine = (quarter + 1) & 2 ? -along : along;
+  sine = quarter & 2 ? -across : across;
+}
+KD_FN void kd_sincos_turns(float u, float& s, float& c) { sincos_turns(u, s, c); }
+KD_FN void kd_sincos_turns(double u, double& s, double& c) { sincos_turns(u, s, c); }
 
 // log x of a sum of exponentials: -inf at 0, and what is not finite stays as it is.
 KD_FN double kd_log(double x) {

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .. import tuning
 from ..layout import common_rows
-from ..reference import compute_dtype, label_error
+from ..noise import Noise
+from ..reference import UNLABELLED, check_labels, compute_dtype, label_error
 from ..spec import REDUCTIONS, STATS, Call, LossSpec
 
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
 # Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
-_ABI = 5
+_ABI = 6
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2}
 _MAX_DIMS = 8
@@ -26,9 +27,10 @@ _MAX_DIMS = 8
 _PADDING = tuple((0,) * (_MAX_DIMS - n) for n in range(_MAX_DIMS + 1))
 _OK, _NO_MEMORY = -1, -2
 
-# KdOptions and KdCall of kd_cpu.cpp, field by field.
-_OPTIONS = struct.Struct("=q 4d 4d 2q 4d q 3q")
-_CALL = struct.Struct("=q 3q 2q 2q 2q q 8q 8q 8q 3q d 6q")
+# KdOptions, KdCall and KdSide of kd_cpu.cpp, field by field.
+_OPTIONS = struct.Struct("=q 4d 4d 2q 2d 3q2d 3q2d q 3q")
+_CALL = struct.Struct("=q 3q q8q 3q d 6q 2q 2q 2q")
+_SIDE = struct.Struct("=3q 8q 2d")
 
 
 class CpuBackend:
@@ -62,14 +64,7 @@ class CpuBackend:
         return None
 
     def supports(self, call: Call) -> str | None:
-        """None, or what it doesn't do yet."""
-        spec = call.spec
-        if spec.student_noise or spec.teacher_noise:
-            return "has no noise yet"
-        if call.mixture is not None:
-            return "has no mixtures yet"
-        if spec.row.normaliser != "softmax" or spec.row.target:
-            return f"has no {spec.divergence} yet"
+        """None: whatever it knows, of any shape."""
         return None
 
     def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -120,6 +115,12 @@ class CpuBackend:
         )  # fmt: skip
         return phi, g
 
+    def words(self, seed: int, row: int, stream: int, groups: int) -> Tensor:
+        """The library's words of the noise, `[groups, 4]`, to be compared with those of `noise.py`."""
+        out = torch.empty(groups, 4, dtype=torch.int32)
+        self._library.words(self._library.variant, seed, row, stream, groups, out.data_ptr())
+        return out.to(torch.int64) & 0xFFFFFFFF
+
     def _run(
         self,
         mode: str,
@@ -131,33 +132,45 @@ class CpuBackend:
         upstream: Tensor | None = None,
     ) -> None:
         library = self._library
-        student, teachers, _, labels, mask, token_weights, num_items, _, _, spec, classes = call
-        (student, teacher), shape, (z_strides, v_strides) = common_rows([student, *teachers], _MAX_DIMS)
+        student, teachers, mixture, labels, mask, token_weights, num_items, z_seed, v_seed, spec, classes = (
+            call
+        )
+        targets = labels if spec.row.binary else None
+        sides = [student, *teachers] if targets is None else [student, *teachers, targets]
+        sides, shape, strides = common_rows(sides, _MAX_DIMS)
         rows = student.shape[:-1].numel()
         # These are [rows] only; the copies live until the library returns.
-        labels = None if labels is None else labels.contiguous()
+        labels = None if labels is None or spec.row.binary else labels.contiguous()
         mask = None if mask is None else mask.contiguous()
         weights = None if token_weights is None else token_weights.detach().to(torch.float64).contiguous()
+        mixture = None if mixture is None else mixture.to(torch.float64).contiguous()
         stride = 0
         if upstream is not None:
             upstream, stride = _upstream(upstream)
+        processing = [(spec.student_scale, spec.student_softcap), *spec.teachers, (1.0, 0.0)]
+        padding = _PADDING[len(shape)]
         record = _CALL.pack(
-            _MODES[mode], rows, classes, student.shape[-1],
-            student.data_ptr(), teacher.data_ptr(), _TYPES[student.dtype], _TYPES[teacher.dtype],
-            student.stride(-1), teacher.stride(-1),
-            len(shape), *shape, *_PADDING[len(shape)], *z_strides, *_PADDING[len(shape)],
-            *v_strides, *_PADDING[len(shape)],
+            _MODES[mode], rows, classes, student.shape[-1], len(shape), *shape, *padding,
             _pointer(labels), _pointer(mask), _pointer(weights),
             -1.0 if num_items is None else float(num_items),
             _pointer(upstream), stride, _pointer(gradient), _pointer(loss), _pointer(stats),
-            library.parallel_for,
+            library.parallel_for, 0 if z_seed is None else int(z_seed), 0 if v_seed is None else int(v_seed),
+            _pointer(mixture), 0 if mixture is None or mixture.dim() == 1 else len(teachers),
+            targets is not None, len(teachers),
+        ) + b"".join(
+            _SIDE.pack(x.data_ptr(), _TYPES[x.dtype], x.stride(-1), *steps, *padding, *options)
+            for x, steps, options in zip(sides, strides, processing, strict=False)
         )  # fmt: skip
         result = library.run(library.variant, self._options(spec), record)
         if result == _NO_MEMORY:
             raise MemoryError("kdkernels' CPU library could not allocate its per-thread row buffer")
         if result != _OK:
-            assert labels is not None
-            raise ValueError(label_error(int(labels.flatten()[result]), result, rows, classes))
+            assert call.labels is not None
+            if targets is not None:
+                check_labels(targets.flatten(0, -2)[result : result + 1], classes, first_row=result)
+            label = int(call.labels.flatten()[result])
+            label = UNLABELLED if label == spec.ignore_index else label
+            raise ValueError(label_error(label, result, rows, classes))
 
     def _options(self, spec: LossSpec) -> bytes:
         packed = self._packed.get(spec)
@@ -170,8 +183,9 @@ class CpuBackend:
                 self._library.number(spec.divergence), *params,
                 spec.temperature, spec.soft_weight, spec.t_factor, spec.hard_weight,
                 spec.ignore_index, REDUCTIONS.index(spec.reduction),
-                spec.student_scale, spec.student_softcap, *spec.teachers[0],
-                int(spec.stats), tuning.CPU.stream_bytes, tuning.CPU.grain, tuning.CPU.huge_bytes,
+                spec.student_scale, spec.student_softcap,
+                *_noise(spec.student_noise), *_noise(spec.teacher_noise), int(spec.stats),
+                tuning.CPU.stream_bytes, tuning.CPU.grain, tuning.CPU.huge_bytes,
             )  # fmt: skip
         return packed
 
@@ -212,12 +226,13 @@ class _Library:
         )
         lib.kd_pointwise.argtypes = [i64, i64, ctypes.c_char_p, i64, ptr, ptr, ptr, ptr]
         lib.kd_pointwise.restype = None
+        lib.kd_words.argtypes, lib.kd_words.restype = [i64, i64, i64, i64, i64, ptr], None
         names: list[str] = []
         while (name := lib.kd_variant(len(names))) is not None:
             names.append(name.decode())
         self.variants = tuple(names)
-        self._number, self.run, self.scale, self.pointwise = (
-            lib.kd_divergence, lib.kd_run, lib.kd_scale, lib.kd_pointwise
+        self._number, self.run, self.scale, self.pointwise, self.words = (
+            lib.kd_divergence, lib.kd_run, lib.kd_scale, lib.kd_pointwise, lib.kd_words
         )  # fmt: skip
         self.parallel_for = _torch_parallel_for()
 
@@ -240,6 +255,13 @@ def _torch_parallel_for() -> int:
             except (OSError, AttributeError):
                 return 0
     return 0
+
+
+def _noise(noise: Noise | None) -> tuple[float, ...]:
+    if noise is None:
+        return 0, 0, 0, 0.0, 1.0
+    kind = 2 if noise.multiplicative else 1
+    return kind, int(noise.per_row), noise.row_offset, noise.sigma, noise.probability
 
 
 def _pointer(tensor: Tensor | None) -> int:

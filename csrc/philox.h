@@ -1,0 +1,63 @@
+// Counter-based noise: Philox-4x32-10 and Box-Muller, the sample that kdkernels/noise.py defines.
+//
+// A number is a function of a seed and of where it is needed, so that every phase draws it again and nothing is stored.
+// The includer provides KD_FN and, for its real types, kd_log_unit (of what lies in (0, 1)), kd_sqrt and kd_sincos_turns
+// (of an angle in turns, within [0, 1]).
+//
+// Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+#pragma once
+
+namespace {
+
+using kd_u32 = unsigned int;
+using kd_u64 = unsigned long long;
+
+constexpr kd_u32 kStudentStream = 1;       // teacher m has stream 2m
+constexpr kd_u32 kCoinStream = 1u << 31;  // added for the coin of a row
+
+struct Words {
+  kd_u32 w0, w1, w2, w3;
+};
+
+KD_FN Words philox(kd_u32 c0, kd_u32 c1, kd_u32 c2, kd_u32 c3, kd_u32 k0, kd_u32 k1) {
+  for (int round = 0; round < 10; ++round) {
+    kd_u64 first = (kd_u64)0xD2511F53u * c0, second = (kd_u64)0xCD9E8D57u * c2;
+    kd_u32 n0 = (kd_u32)(second >> 32) ^ c1 ^ k0, n2 = (kd_u32)(first >> 32) ^ c3 ^ k1;
+    c0 = n0;
+    c1 = (kd_u32)second;
+    c2 = n2;
+    c3 = (kd_u32)first;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {c0, c1, c2, c3};
+}
+
+// A word as a number in (0, 1), in float whatever the working precision.
+KD_FN float unit(kd_u32 word) {
+  float u = ((float)word + 0.5f) * 0x1p-32f;
+  return u > 0x1.fffffep-1f ? 0x1.fffffep-1f : u;
+}
+
+// Two standard normals from two words.
+template <class R>
+KD_FN void box_muller(kd_u32 first, kd_u32 second, R& a, R& b) {
+  R radius = kd_sqrt(-2 * kd_log_unit((R)unit(first))), sine, cosine;
+  kd_sincos_turns((R)unit(second), sine, cosine);
+  a = radius * cosine;
+  b = radius * sine;
+}
+
+// The noise of one side of a row.
+struct RowNoise {
+  kd_u32 k0, k1, row_low, row_high, stream;
+  bool active;  // whether the row's coin says so
+  bool multiplicative, per_row;
+  double sigma;
+  double shared;  // per_row: sigma times the one number of the row
+  void* factors;  // [classes], where the factors of multiplicative noise are kept for the gradient, or null
+
+  KD_FN Words words(kd_u32 group) const { return philox(group, row_low, row_high, stream, k0, k1); }
+};
+
+}  // namespace
