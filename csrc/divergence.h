@@ -175,11 +175,12 @@ struct AlphaBetaOf : Pair<R> {
     const R e_a = at == 0 ? t : grown_a * either(student_larger, over_alpha, over_beta);
     const R e_b = bt == 0 ? t : grown_b * either(student_larger, over_beta, over_alpha);
     const R log_larger = s * (lq > lp ? lq : lp);
-    R from_larger, from_both;
+    R from_larger, from_both, off = t;
     if constexpr (kSigned) {
       const R a = either(student_larger, alpha, beta) * f, b = either(student_larger, beta, alpha) * f;
       from_larger = kd_power(log_larger + (a > 0 ? a : R(0)));
       from_both = kd_power(log_larger + a + (b > 0 ? b : R(0)));
+      off = a > 0 ? f : t;  // beside an infinite power
     } else {
       from_larger = kd_exp(log_larger);
       from_both = from_larger * (1 + grown_a);
@@ -187,7 +188,7 @@ struct AlphaBetaOf : Pair<R> {
     const R subtrahend = from_larger * e_a, minuend = from_both * (from_both == 0 ? R(0) : e_b);
     // With s = 0 the other exponent is -a.
     const R over_a = either(student_larger, inverse(alpha), inverse(beta));
-    const R at_s_0 = alpha == 0 ? R(0.5) * t * t : (subtrahend - t) * over_a;
+    const R at_s_0 = alpha == 0 ? R(0.5) * t * t : (subtrahend - off) * over_a;
     return {s == 0 ? at_s_0 : (minuend - subtrahend) * over_s, d < 0 ? -subtrahend : minuend};
   }
 };

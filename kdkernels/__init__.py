@@ -1,5 +1,6 @@
 """Fused knowledge-distillation losses: one call, one pass, gradient included."""
 
+from .custom import check_divergence, register_divergence
 from .divergences import DKD, JSD, AlphaBeta, BinaryKL, LogitMSE, SkewKL, SkewReverseKL, gkd
 from .functional import Explanation, KDStats, explain, kd_loss, kd_loss_with_stats, shift_labels
 from .modules import KDLoss
@@ -20,10 +21,12 @@ __all__ = [
     "Mixture",
     "SkewKL",
     "SkewReverseKL",
+    "check_divergence",
     "explain",
     "gkd",
     "kd_loss",
     "kd_loss_with_stats",
+    "register_divergence",
     "shift_labels",
 ]
 __version__ = "0.1.0"
