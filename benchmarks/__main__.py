@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = {
     "logits": "the losses on logits: time, bandwidth, page faults, peak memory, error",
+    "divergences": "every divergence, noise, a mixture: time, share of bandwidth, peak memory, error",
     "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
     "builds": "the Triton kernels built for GPUs that need not be here: registers, spills, accesses",
 }
@@ -15,7 +16,7 @@ BENCHMARKS = {
 def main(arguments: list[str]) -> int:
     """Runs the named benchmark and returns its exit status."""
     if not arguments or arguments[0] not in BENCHMARKS:
-        listed = "\n".join(f"  {name:10}{what}" for name, what in BENCHMARKS.items())
+        listed = "\n".join(f"  {name:12}{what}" for name, what in BENCHMARKS.items())
         asked = arguments and arguments[0] in ("-h", "--help")
         print(
             f"usage: python -m benchmarks NAME [options]\n\n{listed}",

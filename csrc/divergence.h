@@ -219,9 +219,10 @@ KD_FN Terms<R> binary_kl(R y, R u) {
   const bool exchanged = u > 0;
   const R x = exchanged ? -y : y, w = exchanged ? -u : u;
   const bool unlikely = x > 0;  // what the teacher thinks the rarer, the student the likelier outcome
-  const R t = kd_exp(w), e = kd_exp(unlikely ? -x : x), over_t = 1 / (1 + t), p = t * over_t;
+  const R t = kd_exp(w), e = kd_exp(unlikely ? -x : x), over_both = 1 / ((1 + t) * (1 + e));
+  const R over_t = over_both * (1 + e), over_e = over_both * (1 + t), p = t * over_t;
   const R from_student = p > 0 ? (unlikely ? over_t * x + p * w : p * (w - x)) : (unlikely ? x : R(0));
-  const R difference = (unlikely ? R(1) : e) / (1 + e) - p;
+  const R difference = (unlikely ? R(1) : e) * over_e - p;
   return {kd_log1p((e - t) * over_t) + from_student, exchanged ? -difference : difference};
 }
 

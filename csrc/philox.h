@@ -15,20 +15,22 @@ using kd_u64 = unsigned long long;
 constexpr kd_u32 kStudentStream = 1;       // teacher m has stream 2m
 constexpr kd_u32 kCoinStream = 1u << 31;  // added for the coin of a row
 
+constexpr kd_u32 kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u, kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+
 struct Words {
   kd_u32 w0, w1, w2, w3;
 };
 
 KD_FN Words philox(kd_u32 c0, kd_u32 c1, kd_u32 c2, kd_u32 c3, kd_u32 k0, kd_u32 k1) {
   for (int round = 0; round < 10; ++round) {
-    kd_u64 first = (kd_u64)0xD2511F53u * c0, second = (kd_u64)0xCD9E8D57u * c2;
+    kd_u64 first = (kd_u64)kMultiplier0 * c0, second = (kd_u64)kMultiplier1 * c2;
     kd_u32 n0 = (kd_u32)(second >> 32) ^ c1 ^ k0, n2 = (kd_u32)(first >> 32) ^ c3 ^ k1;
     c0 = n0;
     c1 = (kd_u32)second;
     c2 = n2;
     c3 = (kd_u32)first;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kWeyl0;
+    k1 += kWeyl1;
   }
   return {c0, c1, c2, c3};
 }

@@ -17,6 +17,7 @@ from torch.autograd.gradcheck import GradcheckError
 from . import registry
 from .divergences import BUILT_IN, DEFAULTS, TABLE, Divergence, Parametrised, resolve
 from .functional import checked_call, complete, kd_loss
+from .spec import make_spec
 
 FUNCTIONS = ("exp", "expm1", "log", "log1p", "where", "abs", "maximum")
 OPERATORS = ("+", "-", "*", "/", "&", "|")
@@ -76,12 +77,13 @@ def register_divergence(
     """A divergence of one's own, D = Σ φ(log q, log p) over the classes, on `reference` and `triton`.
 
     Formula: with g = ∂φ/∂ log q, the gradient with respect to the student's logits is T·(g − q·Σg), T²
-    included. Everything around the pair (temperature, masks, labels, weights, noise, reductions) is the package's.
+    included. Everything around the pair (temperature, masks, labels, weights, noise, reductions) is the
+    package's.
 
     `phi(lq, lp, ...)` and `g(lq, lp, ...)` are functions by `def`, of log-probabilities of the student and
-    the teacher and of the parameters, that use arithmetic, comparisons, `&`, `|` and `xp.exp`, `expm1`, `log`,
-    `log1p`, `where`, `abs`, `maximum` only. `xp` is torch on the reference and Triton's language on a GPU,
-    whatever it is bound to where they stand. What can be infinite for a class that one side excludes is
+    the teacher and of the parameters, that use arithmetic, comparisons, `&`, `|` and `xp.exp`, `expm1`,
+    `log`, `log1p`, `where`, `abs`, `maximum` only. `xp` is torch on the reference and Triton's language on a
+    GPU, whatever it is bound to where they stand. What can be infinite for a class that one side excludes is
     guarded inside the product: `p * xp.where(p == 0, 0.0, lp - lq)`. A class that both sides exclude
     contributes nothing by itself.
 
@@ -126,6 +128,7 @@ def register_divergence(
     defaults = {n: _number(name, n, v) for n, v in params.items()} if isinstance(params, Mapping) else {}
     pair = _expression("phi", phi, names), _expression("g", g, names)
     TABLE[name] = Divergence(name, pair[0], pair[1], names)
+    make_spec.cache_clear()  # which may know the name with other parameters
     DEFAULTS.pop(name, None)
     if names and defaults:
         DEFAULTS[name] = Choice(name, tuple(defaults[n] for n in names))
@@ -302,8 +305,8 @@ def _check_derivative(row: Divergence, params: tuple[float, ...]) -> float:
         at = int(torch.where(wrong, off.nan_to_num(math.inf) + far, -1.0).argmax())
         raise ValueError(
             f"g of {row.name!r} is not the derivative of phi: at lq = {lq[at].item():g}, lp = "
-            f"{lp[at].item():g} g is {got[at].item():g}, autograd of phi {slope[at].item():g}, differences of "
-            f"phi {numeric[at].item():g}"
+            f"{lp[at].item():g} g is {got[at].item():g}, autograd of phi {slope[at].item():g}, differences "
+            f"of phi {numeric[at].item():g}"
         )
     return float(off.max())
 

@@ -1,0 +1,80 @@
+"""The support table, cell by cell: what it says runs gives what the reference gives, the rest is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICES
+from torch import Tensor
+
+import kdkernels as kd
+from kdkernels import registry
+from kdkernels.divergences import BUILT_IN, TABLE
+from kdkernels.functional import KDStats
+from kdkernels.support import NOISES, STUDENTS, TEACHERS, Combination, combinations, table
+
+DOCS = Path(__file__).parent.parent / "docs" / "support.md"
+
+
+def outcome(c: Combination, backend: str, device: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss, gradient and stats of a cell."""
+    student, teacher, labels, options = c.arguments(device)
+    z = (student.z if isinstance(student, kd.Logits) else student).requires_grad_()
+    stats: list[Tensor] = []
+    if c.stats:
+        loss, figures = kd.kd_loss_with_stats(student, teacher, labels, backend=backend, **options)
+        assert isinstance(figures, KDStats)
+        stats = list(vars(figures).values())
+    else:
+        loss = kd.kd_loss(student, teacher, labels, backend=backend, **options)
+    (gradient,) = torch.autograd.grad(loss, z)
+    return loss.detach(), gradient, stats
+
+
+@pytest.mark.parametrize("divergence", sorted(BUILT_IN))
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_every_cell(backend: str, divergence: str, teacher: str) -> None:
+    """Two students, four kinds of noise, stats or not: 16 calls, each against the reference in fp64."""
+    device = DEVICES[backend]
+    for c in (c for c in combinations(divergence) if c.teacher == teacher):
+        refusal = c.refusal()
+        if refusal is not None:
+            with pytest.raises(ValueError) as refused:
+                outcome(c, backend, device)
+            assert str(refused.value) == refusal
+            continue
+        why = c.reason(registry.BACKENDS[backend])
+        if why is not None:
+            with pytest.raises(RuntimeError, match="can't run this call") as unable:
+                outcome(c, backend, device)
+            assert why in str(unable.value)
+            continue
+        ours, theirs = outcome(c, backend, device), outcome(c, "reference", "cpu")
+        for x, y in zip((*ours[:2], *ours[2]), (*theirs[:2], *theirs[2]), strict=True):
+            torch.testing.assert_close(x.cpu(), y, rtol=1e-10, atol=1e-11, msg=lambda m, c=c: f"{c}: {m}")
+
+
+def test_the_table_has_every_divergence_and_source() -> None:
+    """A row that is missing is a cell that nobody tests."""
+    assert {c.divergence for name in BUILT_IN for c in combinations(name)} == BUILT_IN <= set(TABLE)
+    cells = list(combinations("jsd"))
+    assert len(cells) == len(set(cells)) == len(STUDENTS) * len(TEACHERS) * len(NOISES) * 2
+    lines = table().splitlines()
+    for name in BUILT_IN:
+        assert sum(line.startswith(f"| `{name}` |") for line in lines) == len(TEACHERS)
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    """Made from the registry: `python -m kdkernels.support > docs/support.md`."""
+    assert DOCS.read_text(encoding="utf-8") == table()
+
+
+def test_the_table_names_what_is_refused() -> None:
+    """A cell that says no says why, once, below."""
+    text = table()
+    refused: list[Any] = [line for line in text.splitlines() if "no (" in line]
+    assert refused and "compares logits" in text
+    assert any("`logit_mse` | Mixture | no (1) | no (1) | no (1)" in line for line in refused)
