@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,20 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
+from kdkernels import divergences
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 V = 50
 TABLE = re.findall(r"^\| (.*) \| (`.*`) \|$", README.split("## You have this")[1].split("\n## ")[0], re.M)
+
+
+@pytest.fixture(autouse=True)
+def _table() -> Iterator[None]:
+    """What a snippet registers is gone after it."""
+    registered = set(divergences.TABLE)
+    yield
+    for name in set(divergences.TABLE) - registered:
+        del divergences.TABLE[name]
 
 
 @pytest.fixture
@@ -26,6 +37,7 @@ def names() -> dict[str, Any]:
         "kd": kd, "F": F, "z": z, "v": v, "y": y, "T": 2.0, "beta": 0.3, "s": 0.5,
         "student_logits": z, "teacher_logits": v, "input_ids": y,
         "count_over_all_of_them": 24, "completion_mask": torch.rand(2, 6) < 0.5,
+        "V": V, "alpha": 1.0, "targets": torch.rand(2, 6, V), "v1": v, "v2": v + 1, "v3": v.flip(-1),
     }  # fmt: skip
 
 
@@ -59,3 +71,24 @@ def test_shifting_labels_is_slicing_logits(names: dict[str, Any]) -> None:
     z, v, y = z[:, :-1].flatten(0, 1), v[:, :-1].flatten(0, 1), y[:, 1:].flatten()
     soft = F.kl_div(F.log_softmax(z / 2, -1), F.softmax(v / 2, -1), reduction="batchmean") * 4
     torch.testing.assert_close(ours, soft + 0.1 * F.cross_entropy(z, y))
+
+
+def test_other_lines_of_the_table_are_the_same_losses(names: dict[str, Any]) -> None:
+    """Mean squared error of logits, DKD by its paper, one question a class, and an ensemble's mean."""
+    z, v, y, targets = names["z"], names["v"], names["y"], names["targets"]
+    close = torch.testing.assert_close
+    close(kd.kd_loss(z, v, divergence=kd.LogitMSE(), soft_weight=2 / V), F.mse_loss(z, v))
+    hard = kd.kd_loss(z, v, targets, divergence=kd.BinaryKL(), soft_weight=0.0, hard_weight=1.0)
+    close(hard / V, F.binary_cross_entropy_with_logits(z, targets))
+    p, q = F.softmax(v / 2, -1), F.softmax(z / 2, -1)
+    t = F.one_hot(y, V).bool()
+    p_t, q_t = p[t], q[t]
+    tckd = p_t * (p_t / q_t).log() + (1 - p_t) * ((1 - p_t) / (1 - q_t)).log()
+    others_p, others_q = p[~t].view(12, -1) / (1 - p_t)[:, None], q[~t].view(12, -1) / (1 - q_t)[:, None]
+    nckd = (others_p * (others_p / others_q).log()).sum(-1)
+    ours = kd.kd_loss(z, v, y, divergence=kd.DKD(1.5, 8), temperature=2.0, hard_weight=1.0)
+    close(ours, 4 * (1.5 * tckd + 8 * nckd).mean() + F.cross_entropy(z.flatten(0, 1), y.flatten()))
+    teachers = [names["v1"], names["v2"], names["v3"]]
+    mean = sum(F.softmax(x / 2, -1) for x in teachers) / 3
+    theirs = F.kl_div(F.log_softmax(z / 2, -1).flatten(0, 1), mean.flatten(0, 1), reduction="batchmean") * 4  # type: ignore[union-attr]
+    close(kd.kd_loss(z, kd.Mixture(teachers), temperature=2.0), theirs)
