@@ -89,19 +89,22 @@ def g_jsd(lq: Any, lp: Any, beta: float) -> Any:
 
 def phi_skew_kl(lq: Any, lp: Any, alpha: float) -> Any:
     """φ = p (lp − lm), m = αp + (1−α)q."""
+    # As in the JSD: autograd of expm1 would give e^t as (e^t − 1) + 1, and a q far below p lose its digits.
     p = xp.exp(lp)
     d = lp - lq
-    t = xp.expm1(xp.where(d < 0, d, -d))
+    t = xp.exp(xp.where(d < 0, d, -d)) - 1.0
     log_mix = xp.log1p(xp.where(d < 0, alpha * t, (1.0 - alpha) * t))
     return p * xp.where(p == 0, 0.0, xp.where(d < 0, d, 0.0) - log_mix)
 
 
 def g_skew_kl(lq: Any, lp: Any, alpha: float) -> Any:
     """∂φ/∂lq = −(1−α) p q/m."""
+    # Both relative to the larger of p and q, without a difference.
     d = lp - lq
-    t = xp.expm1(xp.where(d < 0, d, -d))
-    q_over_m = xp.where(d < 0, 1.0, 1.0 + t) / (1.0 + xp.where(d < 0, alpha * t, (1.0 - alpha) * t))
-    return -(1.0 - alpha) * xp.exp(lp) * q_over_m
+    smaller = xp.exp(xp.where(d < 0, d, -d))
+    q = xp.where(d < 0, 1.0, smaller)
+    m = xp.where(d < 0, alpha * smaller + (1.0 - alpha), alpha + (1.0 - alpha) * smaller)
+    return -(1.0 - alpha) * xp.exp(lp) * (q / m)
 
 
 def phi_skew_reverse_kl(lq: Any, lp: Any, alpha: float) -> Any:
