@@ -175,7 +175,8 @@ def phi_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
     minuend = xp.where(bt > 1, (smaller - both) * over_b, both * xp.where(both == 0, 0.0, e_b))
     subtrahend = xp.where(at > 1, (both - larger) * over_a, larger * e_a)
     over_s = f / xp.where(st == 0, 1.0, st)
-    at_s_0 = xp.where(at == 0, 0.5 * t * t, (subtrahend - t) * over_a)
+    t_at_s_0 = xp.where(st == 0, t, 0.0)
+    at_s_0 = xp.where(at == 0, 0.5 * t_at_s_0 * t_at_s_0, (subtrahend - t_at_s_0) * over_a)
     return xp.where(st == 0, at_s_0, (minuend - subtrahend) * over_s)
 
 
