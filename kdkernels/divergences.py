@@ -129,7 +129,10 @@ def g_skew_reverse_kl(lq: Any, lp: Any, alpha: float) -> Any:
 
 def phi_tvd(lq: Any, lp: Any) -> Any:
     """φ = ½ |p − q|."""
-    return 0.5 * xp.abs(xp.exp(lq) - xp.exp(lp))
+    # Not abs, whose derivative at NaN is 0: a NaN in the loss and none in the gradient.
+    difference = xp.exp(lq) - xp.exp(lp)
+    sign = xp.where(difference < 0, -1.0, xp.where(difference > 0, 1.0, difference))
+    return 0.5 * difference * sign
 
 
 def g_tvd(lq: Any, lp: Any) -> Any:
