@@ -376,7 +376,7 @@ def words(seed: int, rows: Any, classes: int, stream: int) -> Any:
     groups = np.arange((classes + 3) // 4, dtype=np.uint64)[None]
     counter = groups, rows & np.uint64(0xFFFFFFFF), rows >> np.uint64(32), np.uint64(stream)
     drawn = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return np.stack(drawn, -1).reshape(len(rows), -1)[:, :classes].astype(np.uint32)
+    return np.stack(drawn, -1).reshape(len(rows), 4 * groups.size)[:, :classes].astype(np.uint32)
 
 
 def uniforms(word: Any) -> Any:
@@ -388,9 +388,9 @@ def uniforms(word: Any) -> Any:
 def normals(seed: int, rows: Any, classes: int, stream: int) -> Any:
     """Box-Muller in fp64: first word radius, second angle; cosine, then sine."""
     u = uniforms(words(seed, rows, 4 * ((classes + 3) // 4), stream)).astype(np.float64)
-    pairs = u.reshape(len(u), -1, 2)
+    pairs = u.reshape(*u.shape[:-1], u.shape[-1] // 2, 2)
     radius, angle = np.sqrt(-2 * np.log(pairs[..., 0])), 2 * np.pi * pairs[..., 1]
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1).reshape(len(u), -1)[:, :classes]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1).reshape(u.shape)[:, :classes]
 
 
 def sampled(noise: Any, shape: torch.Size, stream: int) -> tuple[Tensor, Tensor]:
@@ -398,11 +398,12 @@ def sampled(noise: Any, shape: torch.Size, stream: int) -> tuple[Tensor, Tensor]
     *leading, classes = shape
     rows = np.arange(int(np.prod(leading, dtype=np.int64))) + noise.row_offset
     seed = int(noise.seed)
-    epsilon = normals(seed, rows, 1 if noise.per == "row" else classes, stream)
+    width = 1 if noise.per == "row" else classes
+    epsilon = np.ascontiguousarray(normals(seed, rows, width, stream))
     coin = uniforms(words(seed, rows, 1, stream | 1 << 31)) < np.float32(noise.probability)
     size = noise.sigma * (coin if noise.probability < 1 else np.ones_like(coin)).astype(np.float64)
     b_sigma = torch.from_numpy(size).reshape(*leading, 1)
-    scaled = b_sigma * torch.from_numpy(np.ascontiguousarray(epsilon)).reshape(*leading, -1)
+    scaled = b_sigma * torch.from_numpy(epsilon).reshape(*leading, width)
     device = torch.get_default_device()
     return scaled.to(device), b_sigma.to(device)
 
