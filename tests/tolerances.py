@@ -177,7 +177,8 @@ def eager_teacher(us: list[Tensor], T: float, o: Options) -> Tensor:
     """Logits over T, of a mixture too: logs of the mean of the probabilities, or their logits."""
     if len(us) == 1:
         return us[0] / T
-    weights = torch.as_tensor(o.weights if o.weights is not None else [1.0] * len(us)).to(us[0].dtype)
+    given = o.weights if o.weights is not None else [1.0] * len(us)
+    weights = torch.as_tensor(given, dtype=us[0].dtype)
     weights = weights / weights.sum(-1, keepdim=True)
     sides = torch.stack([u / T for u in us], -1)
     if o.binary:

@@ -280,9 +280,10 @@ def binary_kl(y: Tensor, u: Tensor, y_error: Tensor, u_error: Tensor, eps: float
     roundings = log2(y.shape[-1]) + 4
     of_u = times(p * not_p, (u - y).abs().nan_to_num(0, 0, 0)) * u_error
     second_order = 0.5 * UNITS * eps * (p * not_p + q * not_q) * (y_error + u_error) ** 2
-    unit = (yes.abs() + no.abs()) * roundings + dy.abs() * y_error + of_u + second_order
-    slope_unit = q * not_q * y_error + p * not_p * u_error
-    slope_unit = slope_unit + 4 * (torch.minimum(p, not_p) + torch.minimum(q, not_q) + dy.abs())
+    # The rarer outcome's probability is what is rounded.
+    rarer = torch.minimum(p, not_p) + torch.minimum(q, not_q)
+    unit = (yes.abs() + no.abs()) * roundings + rarer + dy.abs() * y_error + of_u + second_order
+    slope_unit = q * not_q * y_error + p * not_p * u_error + 4 * (rarer + dy.abs())
     return Term((yes + no).sum(-1), dy, unit.sum(-1), slope_unit)
 
 
@@ -315,7 +316,8 @@ def dkd(
     of_y, of_u = y_error.amax(-1) + tree, u_error.amax(-1) + tree
     among = (y_error.masked_fill(hot, 0.0).amax(-1) + u_error.masked_fill(hot, 0.0).amax(-1) + tree)[..., None]
     margins = times(p_t * p_n, (nu - mu).abs().nan_to_num(0, 0, 0))
-    unit = abs(a) * (gap.abs() * of_y + margins * of_u + 4 * (yes.abs() + no.abs()) + 1e-30)
+    rarer = torch.minimum(p_t, p_n) + torch.minimum(q_t, q_n)
+    unit = abs(a) * (gap.abs() * of_y + margins * of_u + 4 * (yes.abs() + no.abs()) + rarer)
     unit = unit + abs(b) * (1 + phi.abs().sum(-1)) * among[..., 0]
     gap_unit = q_t * q_n * of_y + p_t * p_n * of_u + 4 * torch.minimum(q_t + p_t, q_n + p_n)
     of_others = (gap_unit[..., None] + gap.abs()[..., None] * among) * abs(a) * q + abs(b) * (q + p) * among
@@ -454,7 +456,7 @@ def mixed(sides: list[Side], T: float, o: Options) -> tuple[Tensor, Tensor]:
     if len(sides) == 1:
         return sides[0].x / T, sides[0].error / T
     weights = o.weights if o.weights is not None else [1.0] * len(sides)
-    w = torch.as_tensor(weights).double()
+    w = torch.as_tensor(weights, dtype=torch.float64)
     w = (w / w.sum(-1, keepdim=True)).expand(*sides[0].x.shape[:-1], len(sides)).unbind(-1)
 
     def mean(logs: list[Tensor]) -> Tensor:
