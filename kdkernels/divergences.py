@@ -100,11 +100,12 @@ def phi_skew_kl(lq: Any, lp: Any, alpha: float) -> Any:
 def g_skew_kl(lq: Any, lp: Any, alpha: float) -> Any:
     """∂φ/∂lq = −(1−α) p q/m."""
     # Both relative to the larger of p and q, without a difference.
+    p = xp.exp(lp)
     d = lp - lq
     smaller = xp.exp(xp.where(d < 0, d, -d))
     q = xp.where(d < 0, 1.0, smaller)
     m = xp.where(d < 0, alpha * smaller + (1.0 - alpha), alpha + (1.0 - alpha) * smaller)
-    return -(1.0 - alpha) * xp.exp(lp) * (q / m)
+    return -(1.0 - alpha) * p * xp.where(p == 0, 0.0, q / m)
 
 
 def phi_skew_reverse_kl(lq: Any, lp: Any, alpha: float) -> Any:
@@ -180,7 +181,9 @@ def phi_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
     over_s = f / xp.where(st == 0, 1.0, st)
     t_at_s_0 = xp.where(st == 0, t, 0.0)
     at_s_0 = xp.where(at == 0, 0.5 * t_at_s_0 * t_at_s_0, (subtrahend - t_at_s_0) * over_a)
-    return xp.where(st == 0, at_s_0, (minuend - subtrahend) * over_s)
+    phi = xp.where(st == 0, at_s_0, (minuend - subtrahend) * over_s)
+    # A difference of infinite powers is infinite: of two finite or impossible classes it is no NaN.
+    return xp.where(phi == phi, phi, xp.exp(xp.where(phi == phi, 0.0, xp.where(t < 0, 1e30, t))))
 
 
 def g_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
