@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from dataclasses import replace
 from math import inf
 from typing import Any
 
 import pytest
 import torch
 from conftest import DEVICES, interpreted
-from tolerances import DIVERGENCES, DTYPES, check, eager_result, fitting, keywords, our_loss, our_result
+from tolerances import DIVERGENCES, DTYPES, check, eager_result, fitting, keywords, our_loss, our_result, skip_unless_it_can
 from torch import Tensor
 from truth import Options, truth
 
@@ -202,6 +203,64 @@ def test_rows_more_than_two_to_the_31_elements_apart(backend: str, side: str) ->
     check(z, v, torch.tensor([1, 2]), Options(0.5, hard_weight=0.5), backend=backend)
 
 
+@pytest.mark.parametrize("feature", ["noise", "mixture", "binary labels"])
+def test_what_else_lies_far_apart(backend: str, feature: str) -> None:
+    """Of several teachers each, of labels `[..., V]` each class; noise is of rows, wherever they lie."""
+    stride, vocab = 2**31 + 64, 40
+    if DEVICES[backend] == "cpu":
+        reserved = torch.frombuffer(mmap.mmap(-1, 2 * (stride + vocab)), dtype=torch.bfloat16)
+    else:
+        reserved = torch.empty(stride + vocab, dtype=torch.bfloat16)
+    far = reserved.as_strided((2, vocab), (stride, 1))
+    far.copy_(torch.rand(2, vocab))
+    z, v, labels, o = pair(2, vocab)[0], pair(2, vocab)[1], torch.tensor([1, 2]), Options(hard_weight=0.5)
+    if feature == "noise":
+        check(far, v, labels, o.but(student_noise=kd.LogitNoise(0.5, seed=3)), backend=backend)
+    elif feature == "mixture":
+        check(z, [v, far], labels, o.but(weights=[1.0, 2.0]), backend=backend)
+    else:
+        check(z, v, far, o.but(divergence=kd.BinaryKL()), backend=backend)
+
+
+@pytest.mark.parametrize("feature", ["plain", "noise", "mixture", "binary"])
+def test_more_than_two_to_the_31_logits(backend: str, feature: str) -> None:
+    """Rows past 2³¹ / V, of which few count: their numbers, offsets and samples are their own.
+
+    Stride 0, so that there is one row of memory; the loss alone, whose rows don't count cost nothing.
+    """
+    if backend != "cpu" and DEVICES[backend] == "cpu":
+        pytest.skip("this backend would make [N, V] temporaries, or interpret a billion logits")
+    rows, vocab = 2**15 + 3, 2**16 + 8
+    assert rows * vocab > 2**31
+    one = torch.randn(3, 1, vocab)
+    z, v, other = (x.expand(rows, vocab) for x in one)
+    mask = torch.zeros(rows, dtype=torch.bool)
+    last = rows - 2
+    mask[[0, last]] = True
+    noise = kd.LogitNoise(0.5, seed=9)
+    words: dict[str, Any] = {
+        "plain": {},
+        "noise": {"student_noise": noise, "teacher_noise": noise},
+        "mixture": {},
+        "binary": {"divergence": kd.BinaryKL(), "hard_weight": 0.5},
+    }[feature]
+    labels = one[1].sigmoid().expand(rows, vocab) if feature == "binary" else None
+    teacher = kd.Mixture([v, other], [1.0, 3.0]) if feature == "mixture" else v
+    skip_unless_it_can(backend, z, teacher, labels, **words)
+    got = kd.kd_loss(z, teacher, labels, mask=mask, reduction="none", backend=backend, **words)
+    assert (got[~mask] == 0).all()
+    for row in (0, last):
+        moved = {k: replace(n, row_offset=row) if isinstance(n, kd.LogitNoise) else n for k, n in words.items()}
+        part = slice(row, row + 1)
+        small = kd.kd_loss(
+            z[part].clone(), teacher[part], None if labels is None else labels[part].clone(),
+            reduction="none", backend="reference", **moved,
+        )  # fmt: skip
+        torch.testing.assert_close(got[part], small, rtol=1e-5, atol=1e-5)
+    if feature == "noise":
+        assert got[0] != got[last]
+
+
 def test_none_picks_by_device() -> None:
     """On CPU tensors the fused kernel runs; its bits tell."""
     z, v = pair(6, 300)
@@ -292,6 +351,14 @@ def test_the_public_names() -> None:
         "KDStats",
         "Logits",
         "JSD",
+        "SkewKL",
+        "SkewReverseKL",
+        "AlphaBeta",
+        "LogitMSE",
+        "DKD",
+        "BinaryKL",
+        "LogitNoise",
+        "Mixture",
         "explain",
         "shift_labels",
         "gkd",
