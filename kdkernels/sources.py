@@ -223,8 +223,8 @@ def _mixture_weights(source: Mixture, logits: list[Tensor], wide: bool) -> Tenso
     if weights is None:
         weights = [1.0] * len(logits)
     if isinstance(weights, (list, tuple)):
-        # Made on the device, number by number: a copy from the host would wait for it. As products, since those
-        # are what the compiler keeps variable of a Python number.
+        # Made on the device, number by number: a copy from the host would wait for it. As products, since
+        # those are what the compiler keeps variable of a Python number.
         total, one = sum(weights), torch.ones((), dtype=dtype, device=first.device)
         return torch.stack([one * (w / total) for w in weights])
     if not isinstance(weights, Tensor) or not weights.dtype.is_floating_point:

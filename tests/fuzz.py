@@ -2,9 +2,9 @@
 
     python tests/fuzz.py --minutes 10 --backends reference cpu
 
-A case is one call of one property of `test_properties.py`; what a backend doesn't do yet is no case. A property
-that fails on a backend is printed, shrunk, with what reproduces it, and is not tried on it again. The exit
-code is 0 where nothing failed and every backend had its cases.
+A case is one call of one property of `test_properties.py`; what a backend doesn't do yet is no case. A
+property that fails on a backend is printed, shrunk, with what reproduces it, and is not tried on it again.
+The exit code is 0 where nothing failed and every backend had its cases.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import conftest
 import hypothesis
 import pytest
 import torch
+
 from kdkernels import tuning
 
 ROUND = 20  # examples of a property before the next one has its turn
@@ -68,9 +69,13 @@ def one_round(test: Any, backend: str, cases: collections.Counter[str]) -> str |
 
 def main() -> int:
     """Rounds of every property on every backend until the time is up."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--backends", nargs="+", choices=list(conftest.DEVICES), default=list(conftest.DEVICES))
+    parser.add_argument(
+        "--backends", nargs="+", choices=list(conftest.DEVICES), default=list(conftest.DEVICES)
+    )
     options = parser.parse_args()
     cases: collections.Counter[str] = collections.Counter()
     failures: list[str] = []

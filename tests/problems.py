@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,9 @@ class Problem:
 
     def __repr__(self) -> str:
         """What hypothesis prints: enough to see the case."""
-        sides = ", ".join(f"{tuple(x.shape)} {x.dtype} strides {x.stride()}" for x in (self.z, *self.teachers))
+        sides = ", ".join(
+            f"{tuple(x.shape)} {x.dtype} strides {x.stride()}" for x in (self.z, *self.teachers)
+        )
         labels = None if self.labels is None else self.labels.tolist()
         up = None if self.upstream is None else self.upstream.stride()
         return f"Problem({sides}, labels={labels}, {self.o}, upstream strides {up})"
@@ -168,9 +170,11 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Probl
     if o.row[0] == "alpha_beta" and min(o.row[1]) < 0:
         # Powers of the reciprocals of small probabilities are infinite soon enough in float32.
         std = min(std, 1.0)
-        noise = {s: n and kd.LogitNoise(min(n.sigma, 0.1), n.kind, n.per, n.probability, n.seed, n.row_offset)
-                 for s, n in (("student_noise", o.student_noise), ("teacher_noise", o.teacher_noise))}  # fmt: skip
-        o = o.but(temperature=max(o.temperature, 1.0), **noise)
+        o = o.but(
+            temperature=max(o.temperature, 1.0),
+            student_noise=o.student_noise and replace(o.student_noise, sigma=min(o.student_noise.sigma, 0.1)),
+            teacher_noise=o.teacher_noise and replace(o.teacher_noise, sigma=min(o.teacher_noise.sigma, 0.1)),
+        )
     o = o.but(pad_vocab=pad)
 
     def side(classes: int) -> Tensor:
@@ -209,5 +213,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Probl
         up = drawn(torch.randn, shape, generator=generator)
     elif upstream == "stride 0":
         up = drawn(torch.randn, (), generator=generator).expand(shape)
-    dtype = computing_dtype(z.dtype, *([v.dtype] if isinstance(teachers, Tensor) else [t.dtype for t in teachers]))
+    dtype = computing_dtype(
+        z.dtype, *([v.dtype] if isinstance(teachers, Tensor) else [t.dtype for t in teachers])
+    )
     return Problem(z, teachers, labels, o, None if up is None else up.to(dtype))

@@ -149,7 +149,9 @@ NOISE = kd.LogitNoise(0.5, "multiplicative", probability=0.7, seed=3)
 # A teacher and labels made of those of a plain call, and options.
 FEATURES: dict[str, Callable[[Tensor, Tensor], tuple[Any, Tensor | None, dict[str, Any]]]] = {
     "plain": lambda v, y: (v, y, {}),
-    "noise": lambda v, y: (v, y, {"student_noise": NOISE, "teacher_noise": replace(NOISE, per="row", seed=-1)}),
+    "noise": lambda v, y: (
+        v, y, {"student_noise": NOISE, "teacher_noise": replace(NOISE, per="row", seed=-1)}
+    ),
     "a seed that is a tensor": lambda v, y: (v, y, {"student_noise": replace(NOISE, seed=y[1].long())}),
     "mixture": lambda v, y: (kd.Mixture([v, kd.Logits(v.flip(0), softcap=9.0)], [1.0, 2.0]), y, {}),
     "weights of each row": lambda v, y: (kd.Mixture([v, v.flip(0)], v[:, :2].float().abs()), y, {}),

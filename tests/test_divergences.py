@@ -219,7 +219,7 @@ def test_alpha_beta_that_overflows_is_infinite(dtype: torch.dtype, params: tuple
 
 
 def test_binary_kl_at_the_ends() -> None:
-    """Certain answers: agreed 0, against a certain teacher's infinite, against a certain student's infinite."""
+    """Certain answers: agreed, 0; contradicted by a certain student, infinite."""
     phi = TABLE["binary_kl"].phi
     for y, u, expected in (
         (inf, 0.0, inf), (-inf, 0.0, inf), (0.0, inf, log(2)), (0.0, -inf, log(2)), (-inf, inf, inf),
@@ -249,9 +249,7 @@ def test_g_is_the_derivative_of_the_definition(name: str, params: tuple[float, .
     numeric = (definition(name, params, lq + h, lp) - definition(name, params, lq - h, lp)) / (2 * h)
     # Differences of rounded values of this size.
     size = definition(name, params, lq, lp).abs().max().item()
-    torch.testing.assert_close(
-        TABLE[name].g(lq, lp, *params), numeric, rtol=1e-8, atol=1e-9 * max(1.0, size)
-    )
+    torch.testing.assert_close(TABLE[name].g(lq, lp, *params), numeric, rtol=1e-8, atol=1e-9 * max(1.0, size))
 
 
 def test_tvd_is_flat_at_its_corner() -> None:
@@ -288,7 +286,7 @@ def test_closed_forms_are_the_sums(name: str) -> None:
     assert closed is not None
     y, u = (3 * torch.randn(5, 30, dtype=torch.float64) for _ in range(2))
     lq, lp = F.log_softmax(y, -1), F.log_softmax(u, -1)
-    (a, la), (b, lb) = ((u, lp), (y, lq)) if closed.teacher_weighs else ((y, lq), (u, lp))
+    (a, la), (b, _) = ((u, lp), (y, lq)) if closed.teacher_weighs else ((y, lq), (u, lp))
     c = 1.0 if closed.times is None else params[closed.times]
     sums = (la.exp() * (closed.a * a + closed.b * b)).sum(-1)
     expected = c * (sums - closed.a * a.logsumexp(-1) - closed.b * b.logsumexp(-1))

@@ -174,7 +174,9 @@ def test_labels_of_the_wrong_dtype(z: Tensor, v: Tensor, backend: str, dtype: to
         kd.kd_loss(z, v, torch.ones(N).to(dtype), hard_weight=0.5, backend=backend)
 
 
-DKD_NEEDS = says("labels", "every row that counts", "row 1 of 3", "ignore_index", r"mask=labels != ignore_index")
+DKD_NEEDS = says(
+    "labels", "every row that counts", "row 1 of 3", "ignore_index", r"mask=labels != ignore_index"
+)
 
 
 def test_a_divergence_about_the_label_needs_one(z: Tensor, v: Tensor, backend: str) -> None:
@@ -228,13 +230,25 @@ def test_binary_labels_out_of_range(z: Tensor, v: Tensor, backend: str, bad: flo
 @pytest.mark.parametrize(
     ("labels", "error", "match"),
     [
-        (torch.ones(N, V, dtype=torch.int64, device="cpu"), TypeError, says("labels", "floats", "int64", r"float\(\)")),
+        (
+            torch.ones(N, V, dtype=torch.int64, device="cpu"),
+            TypeError,
+            says("labels", "floats", "int64", r"float\(\)"),
+        ),
         (torch.ones(N, V, dtype=torch.bool, device="cpu"), TypeError, says("labels", "floats", "bool")),
         (torch.ones(N, device="cpu"), ValueError, says("labels", rf"\({N}, {V}\)", rf"\({N},\)")),
-        (torch.ones(N, V + 1, device="cpu"), ValueError, says("labels", rf"\({N}, {V}\)", rf"\({N}, {V + 1}\)")),
+        (
+            torch.ones(N, V + 1, device="cpu"),
+            ValueError,
+            says("labels", rf"\({N}, {V}\)", rf"\({N}, {V + 1}\)"),
+        ),
         ([[1.0] * V] * N, TypeError, says("labels", "Tensor", "list")),
         (torch.ones(N, V, device="meta"), ValueError, says("labels", "device", "meta")),
-        (torch.ones(N, V, device="cpu", requires_grad=True), ValueError, says("labels", "require grad", "detach")),
+        (
+            torch.ones(N, V, device="cpu", requires_grad=True),
+            ValueError,
+            says("labels", "require grad", "detach"),
+        ),
     ],
     ids=["int64", "bool", "a class a row", "another V", "list", "device", "requires grad"],
 )

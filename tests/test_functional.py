@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICES, interpreted
-from tolerances import DIVERGENCES, DTYPES, check, eager_result, fitting, keywords, our_loss, our_result, skip_unless_it_can
+from tolerances import (
+    DIVERGENCES,
+    DTYPES,
+    check,
+    eager_result,
+    fitting,
+    keywords,
+    our_loss,
+    our_result,
+    skip_unless_it_can,
+)
 from torch import Tensor
 from truth import Options, truth
 
@@ -250,7 +260,9 @@ def test_more_than_two_to_the_31_logits(backend: str, feature: str) -> None:
     got = kd.kd_loss(z, teacher, labels, mask=mask, reduction="none", backend=backend, **words)
     assert (got[~mask] == 0).all()
     for row in (0, last):
-        moved = {k: replace(n, row_offset=row) if isinstance(n, kd.LogitNoise) else n for k, n in words.items()}
+        moved = {
+            k: replace(n, row_offset=row) if isinstance(n, kd.LogitNoise) else n for k, n in words.items()
+        }
         part = slice(row, row + 1)
         small = kd.kd_loss(
             z[part].clone(), teacher[part], None if labels is None else labels[part].clone(),

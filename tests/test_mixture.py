@@ -325,9 +325,9 @@ def test_tensors_of_weights_that_do_not_do(backend: str) -> None:
     def loss(weights: Tensor, **options: Any) -> Tensor:
         return kd.kd_loss(z, kd.Mixture(two, weights), backend=backend, **options)
 
-    with pytest.raises(TypeError, match="weights.*float tensor.*int64"):
+    with pytest.raises(TypeError, match=r"weights.*float tensor.*int64"):
         loss(torch.ones(2).long())
-    with pytest.raises(ValueError, match="weights.*device.*meta"):
+    with pytest.raises(ValueError, match=r"weights.*device.*meta"):
         loss(torch.ones(2, device="meta"))
     with pytest.raises(ValueError, match=r"weights.*require grad.*detach"):
         loss(torch.ones(2, requires_grad=True))
@@ -337,7 +337,7 @@ def test_tensors_of_weights_that_do_not_do(backend: str) -> None:
         assert loss(rows, reduction="none").isnan().tolist() == [False, True, True]
         return
     for bad in ([1.0, -1.0], [0.0, 0.0], [1.0, torch.nan]):
-        with pytest.raises(ValueError, match="weights.*>= 0, finite and not all 0"):
+        with pytest.raises(ValueError, match=r"weights.*>= 0, finite and not all 0"):
             loss(torch.tensor(bad))
         with pytest.raises(ValueError, match=r"weights.*>= 0.*in row 1"):
             loss(torch.tensor([[1.0, 1.0], bad, [2.0, 0.0]]))
@@ -347,7 +347,9 @@ def test_tensors_of_weights_that_do_not_do(backend: str) -> None:
 def test_a_mean_of_probabilities_has_no_logits(backend: str, divergence: Any) -> None:
     """LogitMSE would have to compare logits that no teacher gave."""
     z = torch.zeros(3, 7)
-    with pytest.raises(ValueError, match=r"logit_mse.*compares logits.*Mixture.*average the teachers' logits"):
+    with pytest.raises(
+        ValueError, match=r"logit_mse.*compares logits.*Mixture.*average the teachers' logits"
+    ):
         kd.kd_loss(z, kd.Mixture([z, z]), divergence=divergence, backend=backend)
 
 

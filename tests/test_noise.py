@@ -281,7 +281,11 @@ def test_each_call_takes_as_much_of_the_generator(backend: str) -> None:
     noise = kd.LogitNoise(0.5)
     needs(backend)
     after = []
-    for rows, sides in ((1, ("student_noise",)), (7, ("teacher_noise",)), (3, ("student_noise", "teacher_noise"))):
+    for rows, sides in (
+        (1, ("student_noise",)),
+        (7, ("teacher_noise",)),
+        (3, ("student_noise", "teacher_noise")),
+    ):
         torch.manual_seed(3)
         z = logits(rows, 9, dtype=torch.float32)
         torch.manual_seed(3)
@@ -457,7 +461,7 @@ def test_cosine_and_sine_are_of_one_angle() -> None:
 
 
 def test_independence() -> None:
-    """Between rows, classes near and four apart, streams and steps: none is another's copy, sign or square."""
+    """Between rows, classes, streams and steps: none is another's copy, nor is its sign or its square."""
     x = sample(400, 404)
     others = {f"class + {k}": (x[:, :-k], x[:, k:]) for k in (1, 2, 3, 4, 8)}
     others |= {f"row + {k}": (x[:-k], x[k:]) for k in (1, 2, 4)}
@@ -533,5 +537,5 @@ def test_noise_of_the_wrong_kind(backend: str, name: str) -> None:
     with pytest.raises(TypeError, match=rf"{name}.*LogitNoise.*float"):
         kd.kd_loss(z, z, backend=backend, **{name: 0.5})
     far = kd.LogitNoise(1.0, seed=torch.zeros((), dtype=torch.int64, device="meta"))
-    with pytest.raises(ValueError, match="seed.*device.*meta"):
+    with pytest.raises(ValueError, match=r"seed.*device.*meta"):
         kd.kd_loss(z, z, backend=backend, **{name: far})

@@ -163,7 +163,9 @@ def eager_divergence(o: Options, y: Tensor, u: Tensor, labels: Tensor | None) ->
     return to_student if name == "skew_reverse_kl" else share * to_teacher + (1 - share) * to_student
 
 
-def eager_logits(z: Tensor, scale: float, softcap: float | None, noise: Any = None, stream: int = 0) -> Tensor:
+def eager_logits(
+    z: Tensor, scale: float, softcap: float | None, noise: Any = None, stream: int = 0
+) -> Tensor:
     """Scale, then softcap, then noise."""
     z = z * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)

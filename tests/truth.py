@@ -30,8 +30,8 @@ DEFAULTS: dict[str, tuple[float, ...]] = {
 class Options:
     """The arguments of one call.
 
-    `divergence` is a name, a float (the beta of a JSD), or what has a `name` and `params`. `weights` are those
-    of a mixture, where the teacher is a list. Noise is what has the attributes of `kd.LogitNoise`.
+    `divergence` is a name, a float (the beta of a JSD), or what has a `name` and `params`. `weights` are
+    those of a mixture, where the teacher is a list. Noise is what has the attributes of `kd.LogitNoise`.
     """
 
     divergence: Any = "forward_kl"
@@ -261,7 +261,9 @@ def logit_mse(centered: bool, y: Tensor, u: Tensor, y_error: Tensor, u_error: Te
     if centered:
         finite = (y.isfinite() & u.isfinite()).double()
         classes = finite.sum(-1, keepdim=True).clamp(min=1)
-        mean = sum(sign * (x.nan_to_num(0, 0, 0) * finite).sum(-1, keepdim=True) for x, sign in ((y, 1), (u, -1)))
+        mean = sum(
+            sign * (x.nan_to_num(0, 0, 0) * finite).sum(-1, keepdim=True) for x, sign in ((y, 1), (u, -1))
+        )
         difference = torch.where(dead, 0.0, difference - mean / classes)
         of_mean = (error * finite).sum(-1, keepdim=True) / classes * (log2(y.shape[-1]) + 4)
         error = torch.where(dead, 0.0, error + of_mean)
@@ -287,9 +289,7 @@ def binary_kl(y: Tensor, u: Tensor, y_error: Tensor, u_error: Tensor, eps: float
     return Term((yes + no).sum(-1), dy, unit.sum(-1), slope_unit)
 
 
-def dkd(
-    a: float, b: float, y: Tensor, u: Tensor, labels: Tensor, y_error: Tensor, u_error: Tensor
-) -> Term:
+def dkd(a: float, b: float, y: Tensor, u: Tensor, labels: Tensor, y_error: Tensor, u_error: Tensor) -> Term:
     """a KL of (target, not target) + b KL among those that are not; each row's label is a class."""
     target = labels[..., None]
     hot = torch.zeros_like(y, dtype=torch.bool).scatter_(-1, target, True)
@@ -314,7 +314,9 @@ def dkd(
 
     tree = log2(y.shape[-1]) + 4
     of_y, of_u = y_error.amax(-1) + tree, u_error.amax(-1) + tree
-    among = (y_error.masked_fill(hot, 0.0).amax(-1) + u_error.masked_fill(hot, 0.0).amax(-1) + tree)[..., None]
+    among = (y_error.masked_fill(hot, 0.0).amax(-1) + u_error.masked_fill(hot, 0.0).amax(-1) + tree)[
+        ..., None
+    ]
     margins = times(p_t * p_n, (nu - mu).abs().nan_to_num(0, 0, 0))
     rarer = torch.minimum(p_t, p_n) + torch.minimum(q_t, q_n)
     unit = abs(a) * (gap.abs() * of_y + margins * of_u + 4 * (yes.abs() + no.abs()) + rarer)
@@ -509,7 +511,9 @@ def truth(
     o = o or Options()
     teachers = [v] if isinstance(v, Tensor) else list(v)
     rows, vocab = z.shape[:-1], min(z.shape[-1], teachers[0].shape[-1])
-    eps = torch.finfo(torch.float64 if torch.float64 in [t.dtype for t in (z, *teachers)] else torch.float32).eps
+    eps = torch.finfo(
+        torch.float64 if torch.float64 in [t.dtype for t in (z, *teachers)] else torch.float32
+    ).eps
     T = o.temperature
     counted = counted_rows(z, labels, o)
 
