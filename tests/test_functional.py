@@ -317,6 +317,19 @@ def test_module_is_the_function(backend: str) -> None:
     assert torch.equal(plain(z, v), our_loss(z, v, None, Options("reverse_kl"), backend))
 
 
+def test_the_module_keeps_noise_and_takes_mixtures(backend: str) -> None:
+    """An option like any other, that `repr` shows; a bad one is refused when it is bound."""
+    (z, v), noise = pair(4, 11), kd.LogitNoise(0.5, seed=7)
+    teacher, labels = kd.Mixture([v, v.flip(0)], [1.0, 2.0]), torch.tensor([1, 2, 3, 4])
+    module = kd.KDLoss(divergence=kd.DKD(1.0, 2.0), teacher_noise=noise, backend=backend)
+    assert "LogitNoise(sigma=0.5" in repr(module) and "DKD(alpha=1.0, beta=2.0)" in repr(module)
+    skip_unless_it_can(backend, z, teacher, labels, divergence="dkd", teacher_noise=noise)
+    o = Options(kd.DKD(1.0, 2.0), teacher_noise=noise, weights=[1.0, 2.0])
+    assert torch.equal(module(z, teacher, labels), our_loss(z, [v, v.flip(0)], labels, o, backend))
+    with pytest.raises(TypeError, match="teacher_noise must be None or"):
+        kd.KDLoss(teacher_noise=0.5)
+
+
 def test_shift_labels() -> None:
     """Column 0 goes, -100 comes: logits are never sliced. A wrong shift costs about 4 perplexity."""
     labels = torch.tensor([[5, 6, -100, 8], [1, 2, 3, 4]])
@@ -429,6 +442,48 @@ def test_stats(backend: str, divergence: Any, reduction: str, weighted: bool) ->
     assert_close_fp64(stats.agreement.double(), (z.argmax(-1) == v.argmax(-1))[mask].double().mean())
     assert_close_fp64(stats.accuracy.double(), (z.argmax(-1) == labels)[labelled].double().mean())
     assert stats.counted.item() == 5
+
+
+def test_stats_of_questions(backend: str) -> None:
+    """Of binary classes: entropies summed over them, agreement and accuracy the share of answers."""
+    T = 2.0
+    (z, v), labels = pair(5, 9, dtype=torch.float64), torch.rand(5, 9).double()
+    mask = torch.tensor([True, True, False, True, True])
+    v[0] = z[0] * 0.5
+    z[3, 4], v[3, 5] = 400.0, -400.0
+    o = Options(kd.BinaryKL(), temperature=T, hard_weight=0.5, mask=mask)
+    skip_unless_it_can(backend, z, v, labels, **keywords(o))
+    _, stats = kd.kd_loss_with_stats(z, v, labels, backend=backend, **keywords(o))
+    exact = truth(z, v, labels, o)
+    assert_close_fp64(stats.soft.double(), exact.soft.sum() / 4)
+    assert_close_fp64(stats.hard.double(), exact.hard.sum() / 4)
+    for entropy, x in ((stats.student_entropy, z), (stats.teacher_entropy, v)):
+        p, not_p = (x[mask] / T).sigmoid(), (-x[mask] / T).sigmoid()
+        expected = -(torch.xlogy(p, p) + torch.xlogy(not_p, not_p)).sum(-1).mean()
+        torch.testing.assert_close(entropy.double(), expected, rtol=1e-10, atol=1e-14)
+    assert_close_fp64(stats.agreement.double(), ((z > 0) == (v > 0))[mask].double().mean())
+    assert_close_fp64(stats.accuracy.double(), ((z > 0) == (labels > 0.5))[mask].double().mean())
+    assert stats.counted.item() == 4
+
+
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if not Options(d).binary])
+def test_stats_of_every_divergence(backend: str, divergence: Any) -> None:
+    """The soft figure is the divergence, with noise and without; the others don't depend on it."""
+    (z, v), labels = pair(6, 9, dtype=torch.float64), torch.tensor([1, -100, 3, 4, 5, 0])
+    noise = kd.LogitNoise(0.5, "multiplicative", seed=2)
+    for o in (
+        Options(divergence, temperature=2.0, hard_weight=0.5),
+        Options(divergence, temperature=2.0, hard_weight=0.5, student_noise=noise, teacher_noise=noise),
+    ):
+        skip_unless_it_can(backend, z, v, labels, **keywords(o))
+        loss, stats = kd.kd_loss_with_stats(z, v, labels, backend=backend, **keywords(o))
+        exact = truth(z, v, labels, o)
+        assert_close_fp64(loss.double(), exact.loss)
+        assert_close_fp64(stats.soft.double(), exact.soft.sum() / 5)
+        assert_close_fp64(stats.hard.double(), exact.hard.sum() / 5)
+        _, plain = kd.kd_loss_with_stats(z, v, labels, backend=backend, **keywords(o.but(divergence=0.5)))
+        for name in ("student_entropy", "teacher_entropy", "agreement", "accuracy", "counted"):
+            assert_close_fp64(getattr(stats, name).double(), getattr(plain, name).double())
 
 
 def test_stats_without_labels_or_rows(backend: str) -> None:

@@ -247,7 +247,7 @@ def test_student_noise_reaches_the_hard_term(backend: str) -> None:
     z, v, labels = logits(5, 9), logits(5, 9), torch.randint(9, (5,))
     for noise in KINDS.values():
         o = Options(soft_weight=0.0, hard_weight=1.0, temperature=3.0, student_noise=noise)
-        shift, _ = exact.sampled(noise, z.shape, 1)
+        shift, _ = exact.sampled(noise, z, 1)
         noised = z + shift if noise.kind == "additive" else z * (1 + shift)
         expected = torch.nn.functional.cross_entropy(noised, labels)
         torch.testing.assert_close(our_loss(z, v, labels, o, backend), expected, rtol=1e-12, atol=0)
@@ -413,7 +413,7 @@ def test_one_factor_a_row_is_a_random_temperature(backend: str) -> None:
     noise = kd.LogitNoise(0.3, "multiplicative", per="row", seed=24)
     o = Options("reverse_kl", temperature=2.0, reduction="none", t_squared=False, teacher_noise=noise)
     rows = our_loss(z, v, None, o, backend)
-    xi = exact.sampled(noise, v.shape, 0)[0][:, 0]
+    xi = exact.sampled(noise, v, 0)[0][:, 0]
     for i in range(5):
         q, p = (z[i] / 2.0).softmax(-1), (v[i] / (2.0 / (1 + xi[i]))).softmax(-1)
         assert rows[i].item() == pytest.approx((q * (q / p).log()).sum().item(), rel=1e-11)

@@ -68,13 +68,13 @@ def fitting(z: Tensor, labels: Tensor | None, o: Options) -> tuple[Tensor | None
     name, _ = o.row
     if o.binary and labels is not None and not labels.is_floating_point():
         mask = labels != o.ignore_index if o.mask is None else o.mask
-        classes = torch.arange(z.shape[-1])
+        classes = torch.arange(z.shape[-1], device=z.device)
         targets = ((classes * 7 + labels[..., None]) % 5 / 4).to(torch.float32)
         return targets, o.but(mask=mask)
     if name == "dkd" and (o.soft_weight or labels is None):
         if labels is None:
             rows = z.shape[:-1]
-            labels = (torch.arange(rows.numel()) % max(z.shape[-1] - 3, 1)).view(rows)
+            labels = (torch.arange(rows.numel(), device=z.device) % max(z.shape[-1] - 3, 1)).view(rows)
             return labels.masked_fill(labels == o.ignore_index, 1) if o.ignore_index == 0 else labels, o
         if o.mask is not None:
             return labels, o.but(mask=o.mask & (labels != o.ignore_index))
@@ -171,7 +171,7 @@ def eager_logits(
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     if noise is None:
         return z
-    scaled = sampled(noise, z.shape, stream)[0].to(z.dtype)
+    scaled = sampled(noise, z, stream)[0].to(z.dtype)
     return z + scaled if noise.kind == "additive" else z * (1 + scaled)
 
 
@@ -180,7 +180,7 @@ def eager_teacher(us: list[Tensor], T: float, o: Options) -> Tensor:
     if len(us) == 1:
         return us[0] / T
     given = o.weights if o.weights is not None else [1.0] * len(us)
-    weights = torch.as_tensor(given, dtype=us[0].dtype)
+    weights = torch.as_tensor(given, dtype=us[0].dtype, device=us[0].device)
     weights = weights / weights.sum(-1, keepdim=True)
     sides = torch.stack([u / T for u in us], -1)
     if o.binary:

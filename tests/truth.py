@@ -397,9 +397,9 @@ def normals(seed: int, rows: Any, classes: int, stream: int) -> Any:
     return np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1).reshape(u.shape)[:, :classes]
 
 
-def sampled(noise: Any, shape: torch.Size, stream: int) -> tuple[Tensor, Tensor]:
-    """b·σ·ε of each logit, fp64, and b·σ of each row (`[..., 1]`)."""
-    *leading, classes = shape
+def sampled(noise: Any, x: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """b·σ·ε of each logit of x, fp64, and b·σ of each row (`[..., 1]`)."""
+    *leading, classes = x.shape
     rows = np.arange(int(np.prod(leading, dtype=np.int64))) + noise.row_offset
     seed = int(noise.seed)
     width = 1 if noise.per == "row" else classes
@@ -408,8 +408,7 @@ def sampled(noise: Any, shape: torch.Size, stream: int) -> tuple[Tensor, Tensor]
     size = noise.sigma * (coin if noise.probability < 1 else np.ones_like(coin)).astype(np.float64)
     b_sigma = torch.from_numpy(size).reshape(*leading, 1)
     scaled = b_sigma * torch.from_numpy(epsilon).reshape(*leading, width)
-    device = torch.get_default_device()
-    return scaled.to(device), b_sigma.to(device)
+    return scaled.to(x.device), b_sigma.to(x.device)
 
 
 # One side
@@ -437,7 +436,7 @@ def processed(
     error, slope_error = magnitude(x), nothing
     if noise is not None:
         normal = NORMALS[torch.float32 if eps > 1e-10 else torch.float64] / (UNITS * eps)
-        scaled, b_sigma = sampled(noise, x.shape, stream)
+        scaled, b_sigma = sampled(noise, x, stream)
         if noise.kind == "additive":
             error = error + b_sigma * normal
             x = x + scaled
@@ -458,7 +457,7 @@ def mixed(sides: list[Side], T: float, o: Options) -> tuple[Tensor, Tensor]:
     if len(sides) == 1:
         return sides[0].x / T, sides[0].error / T
     weights = o.weights if o.weights is not None else [1.0] * len(sides)
-    w = torch.as_tensor(weights, dtype=torch.float64)
+    w = torch.as_tensor(weights, dtype=torch.float64, device=sides[0].x.device)
     w = (w / w.sum(-1, keepdim=True)).expand(*sides[0].x.shape[:-1], len(sides)).unbind(-1)
 
     def mean(logs: list[Tensor]) -> Tensor:
