@@ -3,6 +3,8 @@
 #
 #   make demo    the main job: distil a small language model on real text; the report is in runs/demo/
 #   make test    the tests
+#   make fuzz    ten minutes (MINUTES=10) of random calls over all options, new ones each time, every backend that
+#                runs here against the fp64 truth; prints the cases of each and what failed, with what reproduces it
 #   make check   lint, format, types
 #   make bench   the losses measured on this machine
 #   make gpu     the tests that need a GPU and the losses measured on it: with $(PYTHON) itself, which needs
@@ -14,6 +16,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 10
 SHARDS ?= 8
 
 VENV := .venv
@@ -26,7 +29,7 @@ CSRC := $(shell find csrc -type f)
 # knows of one, since a local version sorts above the plain one.
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check bench gpu setup clean
+.PHONY: demo test fuzz check bench gpu setup clean
 
 demo: $(READY)
 	$(VENV)/bin/kdkernels demo $(ARGS)
@@ -35,6 +38,9 @@ demo: $(READY)
 # loadgroup keeps the tests of one xdist_group in one process, where they share what is slow to make (a wheel).
 test: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fuzz.py --minutes $(MINUTES) $(ARGS)
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

@@ -76,23 +76,24 @@ struct ReverseKL : Pair<R> {
   }
 };
 
-// A mixture m = w p + (1 - w) q at one class. With d = lp - lq, the exponential of -|d| keeps both logs finite at any
-// margin, and log1p keeps them accurate where p is near q.
+// A mixture m = w p + (1 - w) q at one class, relative to the larger of p and q. With d = lp - lq, the exponential of -|d|
+// keeps both logs finite at any margin, and log1p keeps them accurate where p is near q.
 template <class R>
 struct Mixed {
   bool student_larger;
-  R d, t, mix, log_mix;
+  R d, smaller, over, log_mix;
   KD_FN Mixed(R lq, R lp, R w) {
     d = lp - lq;
     student_larger = d < 0;
-    t = kd_expm1(student_larger ? d : -d);
-    mix = (student_larger ? w : 1 - w) * t;
+    smaller = kd_exp(student_larger ? d : -d);
+    R mix = (student_larger ? w : 1 - w) * (smaller - 1);
+    over = 1 + mix;
     log_mix = kd_log1p(mix);
   }
   KD_FN R lq_lm() const { return -log_mix - (student_larger ? R(0) : d); }
   KD_FN R lp_lm() const { return -log_mix + (student_larger ? d : R(0)); }
-  KD_FN R q_over_m() const { return (student_larger ? R(1) : 1 + t) / (1 + mix); }
-  KD_FN R p_over_m() const { return (student_larger ? 1 + t : R(1)) / (1 + mix); }
+  KD_FN R q_over_m() const { return (student_larger ? R(1) : smaller) / over; }
+  KD_FN R p_over_m() const { return (student_larger ? smaller : R(1)) / over; }
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
@@ -175,12 +176,11 @@ struct AlphaBetaOf : Pair<R> {
     const R e_a = at == 0 ? t : grown_a * either(student_larger, over_alpha, over_beta);
     const R e_b = bt == 0 ? t : grown_b * either(student_larger, over_beta, over_alpha);
     const R log_larger = s * (lq > lp ? lq : lp);
-    R from_larger, from_both, off = t;
+    R from_larger, from_both;
     if constexpr (kSigned) {
       const R a = either(student_larger, alpha, beta) * f, b = either(student_larger, beta, alpha) * f;
       from_larger = kd_power(log_larger + (a > 0 ? a : R(0)));
       from_both = kd_power(log_larger + a + (b > 0 ? b : R(0)));
-      off = a > 0 ? f : t;  // beside an infinite power
     } else {
       from_larger = kd_exp(log_larger);
       from_both = from_larger * (1 + grown_a);
@@ -188,8 +188,11 @@ struct AlphaBetaOf : Pair<R> {
     const R subtrahend = from_larger * e_a, minuend = from_both * (from_both == 0 ? R(0) : e_b);
     // With s = 0 the other exponent is -a.
     const R over_a = either(student_larger, inverse(alpha), inverse(beta));
-    const R at_s_0 = alpha == 0 ? R(0.5) * t * t : (subtrahend - off) * over_a;
-    return {s == 0 ? at_s_0 : (minuend - subtrahend) * over_s, d < 0 ? -subtrahend : minuend};
+    const R at_s_0 = alpha == 0 ? R(0.5) * t * t : (subtrahend - t) * over_a;
+    R phi = s == 0 ? at_s_0 : (minuend - subtrahend) * over_s;
+    // A difference of infinite powers is infinite; what was no number before stays none.
+    if constexpr (kSigned) phi = phi == phi ? phi : kd_power(t < 0 ? R(1000) : t);
+    return {phi, d < 0 ? -subtrahend : minuend};
   }
 };
 template <class R>

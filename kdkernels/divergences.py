@@ -89,19 +89,23 @@ def g_jsd(lq: Any, lp: Any, beta: float) -> Any:
 
 def phi_skew_kl(lq: Any, lp: Any, alpha: float) -> Any:
     """φ = p (lp − lm), m = αp + (1−α)q."""
+    # As in the JSD: autograd of expm1 would give e^t as (e^t − 1) + 1, and a q far below p lose its digits.
     p = xp.exp(lp)
     d = lp - lq
-    t = xp.expm1(xp.where(d < 0, d, -d))
+    t = xp.exp(xp.where(d < 0, d, -d)) - 1.0
     log_mix = xp.log1p(xp.where(d < 0, alpha * t, (1.0 - alpha) * t))
     return p * xp.where(p == 0, 0.0, xp.where(d < 0, d, 0.0) - log_mix)
 
 
 def g_skew_kl(lq: Any, lp: Any, alpha: float) -> Any:
     """∂φ/∂lq = −(1−α) p q/m."""
+    # Both relative to the larger of p and q, without a difference.
+    p = xp.exp(lp)
     d = lp - lq
-    t = xp.expm1(xp.where(d < 0, d, -d))
-    q_over_m = xp.where(d < 0, 1.0, 1.0 + t) / (1.0 + xp.where(d < 0, alpha * t, (1.0 - alpha) * t))
-    return -(1.0 - alpha) * xp.exp(lp) * q_over_m
+    smaller = xp.exp(xp.where(d < 0, d, -d))
+    q = xp.where(d < 0, 1.0, smaller)
+    m = xp.where(d < 0, alpha * smaller + (1.0 - alpha), alpha + (1.0 - alpha) * smaller)
+    return -(1.0 - alpha) * p * xp.where(p == 0, 0.0, q / m)
 
 
 def phi_skew_reverse_kl(lq: Any, lp: Any, alpha: float) -> Any:
@@ -126,7 +130,10 @@ def g_skew_reverse_kl(lq: Any, lp: Any, alpha: float) -> Any:
 
 def phi_tvd(lq: Any, lp: Any) -> Any:
     """φ = ½ |p − q|."""
-    return 0.5 * xp.abs(xp.exp(lq) - xp.exp(lp))
+    # Not abs, whose derivative at NaN is 0: a NaN in the loss and none in the gradient.
+    difference = xp.exp(lq) - xp.exp(lp)
+    sign = xp.where(difference < 0, -1.0, xp.where(difference > 0, 1.0, difference))
+    return 0.5 * difference * sign
 
 
 def g_tvd(lq: Any, lp: Any) -> Any:
@@ -172,8 +179,11 @@ def phi_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
     minuend = xp.where(bt > 1, (smaller - both) * over_b, both * xp.where(both == 0, 0.0, e_b))
     subtrahend = xp.where(at > 1, (both - larger) * over_a, larger * e_a)
     over_s = f / xp.where(st == 0, 1.0, st)
-    at_s_0 = xp.where(at == 0, 0.5 * t * t, (subtrahend - xp.where(at > 0, f, t)) * over_a)
-    return xp.where(st == 0, at_s_0, (minuend - subtrahend) * over_s)
+    t_at_s_0 = xp.where(st == 0, t, 0.0)
+    at_s_0 = xp.where(at == 0, 0.5 * t_at_s_0 * t_at_s_0, (subtrahend - t_at_s_0) * over_a)
+    phi = xp.where(st == 0, at_s_0, (minuend - subtrahend) * over_s)
+    # A difference of infinite powers is infinite: of two finite or impossible classes it is no NaN.
+    return xp.where(phi == phi, phi, xp.exp(xp.where(phi == phi, 0.0, xp.where(t < 0, 1e30, t))))
 
 
 def g_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:

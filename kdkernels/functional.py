@@ -342,7 +342,7 @@ def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
 def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
     """The arguments of `kd_loss`, with every option given, checked and as backends take them."""
     z, z_options = unwrap("student", student)
-    teachers, v_options, mixture = unwrap_teachers(teacher)
+    teachers, v_options, mixture = unwrap_teachers(teacher, z.dtype)
     spec = _spec(options, z_options, tuple(v_options), stats)
     v = teachers[0]  # the others are like it
     if z.shape[:-1] != v.shape[:-1]:

@@ -186,7 +186,7 @@ def sample(noise: Noise, seed: Tensor, shape: torch.Size, stream: int, dtype: to
     if noise.probability < 1:
         coin = words(seed, rows, torch.zeros(1, dtype=torch.int64, device=seed.device), stream | COIN)[0]
         scaled = scaled * (uniform(coin) < noise.probability)
-    return scaled.view(*shape[:-1], -1)
+    return scaled.view(*shape[:-1], scaled.shape[-1])
 
 
 def noised(x: Tensor, noise: Noise, seed: Tensor, stream: int) -> Tensor:

@@ -165,9 +165,11 @@ def _around_target(
     logs, margins = [], []
     for x in (y, u):
         others = x.scatter(-1, index.unsqueeze(-1), -torch.inf)
-        lse = torch.logsumexp(others, -1)
+        alone = torch.isneginf(others).all(-1)
+        # A sum of nothing has no gradient, and autograd of its logarithm is NaN.
+        lse = torch.logsumexp(others.masked_fill(alone.unsqueeze(-1), 0.0), -1).masked_fill(alone, -torch.inf)
         margins.append(x.gather(-1, index.unsqueeze(-1)).squeeze(-1) - lse)
-        logs.append(others - torch.where(torch.isneginf(lse), 0.0, lse).unsqueeze(-1))
+        logs.append(others - lse.masked_fill(alone, 0.0).unsqueeze(-1))
     # Where the teacher is sure of the target, what the others share is nothing.
     nobody = torch.isneginf(logs[1]).all(-1, keepdim=True)
     among = _sum(divergence, params, logs[0].masked_fill(nobody, -torch.inf), logs[1])

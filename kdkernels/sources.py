@@ -192,10 +192,13 @@ def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
     return z, options
 
 
-def unwrap_teachers(source: Any) -> tuple[list[Tensor], list[PostProcessing], Tensor | None]:
+def unwrap_teachers(
+    source: Any, student: torch.dtype
+) -> tuple[list[Tensor], list[PostProcessing], Tensor | None]:
     """The raw logits of a `teacher` argument, their (scale, softcap), and the weights of a mixture.
 
-    Weights are `[M]` or `[..., M]`, of float32 or float64, and sum to 1.
+    Weights are `[M]` or `[..., M]`, of float64 where the student, a teacher or they themselves are, else of
+    float32, and sum to 1.
     """
     if not isinstance(source, Mixture):
         v, options = unwrap("teacher", source)
@@ -210,17 +213,20 @@ def unwrap_teachers(source: Any) -> tuple[list[Tensor], list[PostProcessing], Te
             )
     if len(logits) == 1 and not isinstance(source.weights, Tensor):
         return logits, options_of_each, None
-    return logits, options_of_each, _mixture_weights(source, logits)
+    wide = torch.float64 in (student, *(v.dtype for v in logits))
+    return logits, options_of_each, _mixture_weights(source, logits, wide)
 
 
-def _mixture_weights(source: Mixture, logits: list[Tensor]) -> Tensor:
+def _mixture_weights(source: Mixture, logits: list[Tensor], wide: bool) -> Tensor:
     weights, first = source.weights, logits[0]
+    dtype = torch.float64 if wide else torch.float32
     if weights is None:
         weights = [1.0] * len(logits)
     if isinstance(weights, (list, tuple)):
-        # Made on the device, number by number: a copy from the host would wait for it.
-        total = sum(weights)
-        return torch.stack([torch.full((), w / total, device=first.device) for w in weights])
+        # Made on the device, number by number: a copy from the host would wait for it. As products, since
+        # those are what the compiler keeps variable of a Python number.
+        total, one = sum(weights), torch.ones((), dtype=dtype, device=first.device)
+        return torch.stack([one * (w / total) for w in weights])
     if not isinstance(weights, Tensor) or not weights.dtype.is_floating_point:
         got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights of Mixture must be numbers or a float tensor, got {got}")
@@ -239,7 +245,7 @@ def _mixture_weights(source: Mixture, logits: list[Tensor]) -> Tensor:
         raise ValueError(
             "weights of Mixture require grad, and kd_loss gives them none; pass weights.detach()"
         )
-    weights = weights.detach().to(torch.float64 if weights.dtype == torch.float64 else torch.float32)
+    weights = weights.detach().to(torch.float64 if weights.dtype == torch.float64 else dtype)
     # Negative ones make their row NaN where nobody may look.
     weights = torch.where(weights < 0, math.nan, weights)
     return weights / weights.sum(-1, keepdim=True)

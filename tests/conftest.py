@@ -84,7 +84,11 @@ fused = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
 COMMON = {
     "deadline": None,
     "database": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    "suppress_health_check": [
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.filter_too_much,
+    ],
 }
 settings.register_profile("kdkernels", settings(max_examples=60, derandomize=True, print_blob=True, **COMMON))
 settings.register_profile(

@@ -4,11 +4,21 @@ order, threads."""
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
 from conftest import fused
-from tolerances import DIVERGENCES, DTYPES, assert_within_budget, check, keywords, our_loss, our_result
+from tolerances import (
+    DIVERGENCES,
+    DTYPES,
+    SOFTMAX,
+    assert_within_budget,
+    check,
+    keywords,
+    our_loss,
+    our_result,
+)
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -245,9 +255,11 @@ def test_tied_and_detached_teacher(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("divergence", "reduction"), [*((d, "mean") for d in DIVERGENCES), ("forward_kl", "none"), (0.5, "none")]
+    ("divergence", "reduction"),
+    # A distance of logits has gradients as large as they are, which overflow here.
+    [*((d, "mean") for d in (*SOFTMAX, kd.BinaryKL())), ("forward_kl", "none"), (0.5, "none")],
 )
-def test_fp16_under_a_loss_scale(backend: str, divergence: str | float, reduction: str) -> None:
+def test_fp16_under_a_loss_scale(backend: str, divergence: Any, reduction: str) -> None:
     """Rounded to fp16 before the loss scale arrives, 99.7 % of these gradients are 0.
 
     At V = 32,000, scale 65,536.
@@ -277,7 +289,7 @@ def test_fp16_gradients_that_overflow_are_infinite(backend: str) -> None:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(backend: str, divergence: str | float, reduction: str) -> None:
+def test_gradcheck(backend: str, divergence: Any, reduction: str) -> None:
     """fp64 against central differences, through softcap and scale."""
     z, v, labels = (
         logits(2, 5, dtype=torch.float64, requires_grad=True),
@@ -289,7 +301,7 @@ def test_gradcheck(backend: str, divergence: str | float, reduction: str) -> Non
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_second_order_on_the_reference(divergence: str | float) -> None:
+def test_second_order_on_the_reference(divergence: Any) -> None:
     """The reference is differentiable any number of times."""
     z, v, labels = (
         logits(2, 5, dtype=torch.float64, requires_grad=True),

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from conftest import DEVICES, fused
-from tolerances import assert_within_budget
+from tolerances import assert_within_budget, skip_unless_it_can
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from truth import Options
 
 import kdkernels as kd
 from kdkernels.functional import checked_call, complete
-from kdkernels.ops import pack
+from kdkernels.ops import kind_of, pack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD, GRADIENT = torch.ops.kdkernels.kd_loss_v1.default, torch.ops.kdkernels.kd_gradient_v1.default
@@ -116,6 +117,99 @@ def test_twenty_steps_in_two_compilations(backend: str, dtype: torch.dtype) -> N
             results.append((loss.detach(), *torch.autograd.grad(loss, z)))
         torch.testing.assert_close(results[0], results[1])
     assert counter.frame_count <= 2
+
+
+def test_a_schedule_of_every_number_in_two_compilations(backend: str) -> None:
+    """Of T, sigma, probability, the place of the first row, the seed, parameters and weights."""
+
+    def step(z: Tensor, a: Tensor, b: Tensor, y: Tensor, x: float, k: int) -> Tensor:
+        noise = kd.LogitNoise(0.1 * x, "multiplicative", probability=1 / (1 + x), seed=k, row_offset=2 * k)
+        return kd.kd_loss(
+            z, kd.Mixture([a, b], [1.0, 0.5 + x]), y, divergence=kd.DKD(1 + x, 8 - x), temperature=1 + x,
+            hard_weight=0.1 * x, student_noise=noise, teacher_noise=noise, backend=backend,
+        )  # fmt: skip
+
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(step, backend=counter)
+    for k in range(20):
+        z, a, y = inputs()
+        b = inputs()[1]
+        if k == 0:
+            noise = kd.LogitNoise(0.1, seed=1)
+            skip_unless_it_can(backend, z, kd.Mixture([a, b]), y, divergence="dkd", student_noise=noise)
+        results = []
+        for f in (function, step):
+            loss = f(z, a, b, y, 0.25 + 0.05 * k, 3 + k)
+            results.append((loss.detach(), *torch.autograd.grad(loss, z)))
+        torch.testing.assert_close(results[0], results[1])
+    assert counter.frame_count <= 2
+
+
+NOISE = kd.LogitNoise(0.5, "multiplicative", probability=0.7, seed=3)
+# A teacher and labels made of those of a plain call, and options.
+FEATURES: dict[str, Callable[[Tensor, Tensor], tuple[Any, Tensor | None, dict[str, Any]]]] = {
+    "plain": lambda v, y: (v, y, {}),
+    "noise": lambda v, y: (
+        v, y, {"student_noise": NOISE, "teacher_noise": replace(NOISE, per="row", seed=-1)}
+    ),
+    "a seed that is a tensor": lambda v, y: (v, y, {"student_noise": replace(NOISE, seed=y[1].long())}),
+    "mixture": lambda v, y: (kd.Mixture([v, kd.Logits(v.flip(0), softcap=9.0)], [1.0, 2.0]), y, {}),
+    "weights of each row": lambda v, y: (kd.Mixture([v, v.flip(0)], v[:, :2].float().abs()), y, {}),
+    "dkd": lambda v, y: (v, y, {"divergence": kd.DKD(1.0, 4.0)}),
+    "binary": lambda v, y: (v, v.sigmoid(), {"divergence": kd.BinaryKL(), "hard_weight": 0.3}),
+    "raw logits": lambda v, y: (v, y, {"divergence": kd.LogitMSE(centered=True)}),
+    "all": lambda v, y: (
+        kd.Mixture([v, v.flip(0)]), y,
+        {"divergence": "dkd", "student_noise": NOISE, "teacher_noise": replace(NOISE, kind="additive")},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_all_that_a_call_may_have(backend: str, feature: str, dtype: torch.dtype) -> None:
+    """In one graph, and of fused backends to the bit what eager gives."""
+
+    def step(z: Tensor, v: Tensor, y: Tensor) -> Tensor:
+        teacher, labels, options = FEATURES[feature](v, y)
+        words = {"hard_weight": 0.2, "temperature": 2.0, **options}
+        return kd.kd_loss(z, teacher, labels, backend=backend, **words)
+
+    z, v, y = inputs(dtype=dtype)
+    teacher, labels, options = FEATURES[feature](v, y)
+    skip_unless_it_can(backend, z, teacher, labels, **{"hard_weight": 0.2, **options})
+    results = []
+    for function in (compiled(step), step):
+        loss = function(z, v, y)
+        results.append((loss.detach(), *torch.autograd.grad(loss, z, torch.tensor(3.0))))
+    if backend == "reference":
+        torch.testing.assert_close(results[0], results[1])
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_seed_that_is_drawn(backend: str) -> None:
+    """Inside the graph too it comes from torch's generator: calls differ, a run repeats."""
+    z, v, _ = inputs()
+    noise = kd.LogitNoise(0.5)
+    skip_unless_it_can(backend, z, v, teacher_noise=noise)
+    step = compiled(lambda z, v: kd.kd_loss(z, v, teacher_noise=noise, backend=backend))
+
+    def run() -> list[float]:
+        torch.manual_seed(4)
+        return [step(z, v).item() for _ in range(3)]
+
+    first = run()
+    assert len(set(first)) == 3 and run() == first
+
+
+def test_a_mixture_is_an_argument(backend: str) -> None:
+    """As a batch brings it."""
+    z, v, _ = inputs()
+    mixture = kd.Mixture([v, v.flip(0)], torch.rand(6, 2))
+    skip_unless_it_can(backend, z, mixture)
+    step = compiled(lambda z, teacher: kd.kd_loss(z, teacher, backend=backend))
+    torch.testing.assert_close(step(z, mixture), kd.kd_loss(z, mixture, backend=backend))
 
 
 def test_changing_shapes_and_counts_on_the_device(backend: str) -> None:
@@ -297,14 +391,24 @@ def test_no_cuda_graph_holds_on_to_the_numbers_of_a_step() -> None:
 
 
 def operator_inputs(
-    backend: str, dtype: torch.dtype, keep: str, stats: bool = False, reduction: str = "mean"
+    backend: str,
+    dtype: torch.dtype,
+    keep: str,
+    stats: bool = False,
+    reduction: str = "mean",
+    feature: str = "plain",
 ) -> tuple[Any, ...]:
     """What the node of a loss is given."""
     z, v, y = inputs(4, 10, dtype)
-    options = complete({"hard_weight": 0.5, "reduction": reduction, "temperature": 2.0})
-    call = checked_call(z, v, y, options, stats)
+    teacher, labels, options = FEATURES[feature](v, y)
+    words = {"hard_weight": 0.5, "reduction": reduction, "temperature": 2.0, **options}
+    skip_unless_it_can(backend, z, teacher, labels, **words)
+    call = checked_call(z, teacher, labels, complete(words), stats)
+    spec = call.spec
     return (
-        *call[:5], None, pack(call.spec, None), "forward_kl", -100, reduction, stats, 10, keep, backend
+        call.student, list(call.teachers), *call[2:6], None, call.student_seed, call.teacher_seed,
+        pack(spec, None), spec.divergence, kind_of(spec.student_noise) + kind_of(spec.teacher_noise),
+        -100, reduction, stats, 10, keep, backend,
     )  # fmt: skip
 
 
@@ -329,9 +433,17 @@ def test_opcheck_of_the_loss(
 
 
 @fused
-def test_opcheck_of_the_gradient(backend: str) -> None:
+@pytest.mark.parametrize("feature", ["noise", "mixture", "weights of each row", "dkd", "binary"])
+def test_opcheck_of_what_a_call_may_have(backend: str, feature: str) -> None:
+    """Seeds, several teachers, floats for labels."""
+    torch.library.opcheck(FORWARD, operator_inputs(backend, torch.float32, "gradient", feature=feature))
+
+
+@fused
+@pytest.mark.parametrize("feature", ["plain", "noise", "mixture", "binary"])
+def test_opcheck_of_the_gradient(backend: str, feature: str) -> None:
     """And of the node that float16 leaves for backward."""
-    z, *rest = operator_inputs(backend, torch.float16, "state")
+    z, *rest = operator_inputs(backend, torch.float16, "state", feature=feature)
     _, _, state = FORWARD(z.detach(), *rest)
     torch.library.opcheck(GRADIENT, (torch.tensor(2.0), z.detach(), *rest, state))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES
+from tolerances import skip_unless_it_can
 from torch import Tensor
 
 import kdkernels as kd
@@ -171,6 +172,156 @@ def test_labels_of_the_wrong_dtype(z: Tensor, v: Tensor, backend: str, dtype: to
     """Float labels are probabilities elsewhere; a bool is a mask."""
     with pytest.raises(TypeError, match=says("labels", str(dtype).removeprefix("torch."), "int64|integer")):
         kd.kd_loss(z, v, torch.ones(N).to(dtype), hard_weight=0.5, backend=backend)
+
+
+DKD_NEEDS = says(
+    "labels", "every row that counts", "row 1 of 3", "ignore_index", r"mask=labels != ignore_index"
+)
+
+
+def test_a_divergence_about_the_label_needs_one(z: Tensor, v: Tensor, backend: str) -> None:
+    """None at all is an error everywhere; one missing where a row counts is, where looking waits for
+    nothing."""
+    for divergence in ("dkd", kd.DKD(1.0, 2.0)):
+        with pytest.raises(ValueError, match=says("labels must be given", "dkd", "None")):
+            kd.kd_loss(z, v, divergence=divergence, backend=backend)
+    labels, mask = torch.tensor([0, -100, 2]), torch.tensor([True, True, False])
+    skip_unless_it_can(backend, z, v, labels, divergence="dkd")
+    assert_refused(z, v, labels, DKD_NEEDS, backend, divergence="dkd", mask=mask, hard_weight=None)
+    assert_refused(z, v, labels, DKD_NEEDS, backend, divergence="dkd", mask=mask, hard_weight=0.5)
+    # Not where the row doesn't count, nor where nothing asks for the soft term.
+    kd.kd_loss(z, v, labels, divergence="dkd", backend=backend)
+    kd.kd_loss(z, v, labels, divergence="dkd", mask=labels != -100, backend=backend)
+    words: dict[str, Any] = {"divergence": "dkd", "mask": mask, "soft_weight": 0.0, "hard_weight": 0.5}
+    kd.kd_loss(z, v, labels, backend=backend, **words)
+
+
+@pytest.mark.parametrize("bad", [V, -1])
+def test_a_target_out_of_range(z: Tensor, v: Tensor, backend: str, bad: int) -> None:
+    """Also without a hard term, since the soft one is about it."""
+    labels = torch.tensor([0, bad, 1])
+    skip_unless_it_can(backend, z, v, labels, divergence="dkd")
+    match = says("label", rf"(?<!\d){bad}\b", "row 1 of 3")
+    assert_refused(z, v, labels, match, backend, divergence="dkd", hard_weight=None)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan"), float("inf")])
+def test_binary_labels_out_of_range(z: Tensor, v: Tensor, backend: str, bad: float) -> None:
+    """The label, its row and its class; nobody looks where they are not used or the row doesn't count."""
+    labels = torch.rand(N, V)
+    labels[1, 4] = bad
+    divergence = kd.BinaryKL()
+    skip_unless_it_can(backend, z, v, labels, divergence=divergence, hard_weight=0.0)
+    match = says("labels of a binary divergence", r"\[0, 1\]", "row 1", "class 4")
+    if z.device.type == "cpu":
+        with pytest.raises(ValueError, match=match):
+            kd.kd_loss(z, v, labels, divergence=divergence, hard_weight=0.5, backend=backend)
+    else:
+        rows = kd.kd_loss(
+            z, v, labels, divergence=divergence, hard_weight=0.5, reduction="none", backend=backend
+        )
+        assert rows.isnan().tolist() == [False, True, False]
+    kd.kd_loss(z, v, labels, divergence=divergence, hard_weight=0.0, backend=backend)
+    mask = torch.tensor([True, False, True])
+    words: dict[str, Any] = {"divergence": divergence, "hard_weight": 0.5, "mask": mask, "backend": backend}
+    assert kd.kd_loss(z, v, labels, **words).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "match"),
+    [
+        (
+            torch.ones(N, V, dtype=torch.int64, device="cpu"),
+            TypeError,
+            says("labels", "floats", "int64", r"float\(\)"),
+        ),
+        (torch.ones(N, V, dtype=torch.bool, device="cpu"), TypeError, says("labels", "floats", "bool")),
+        (torch.ones(N, device="cpu"), ValueError, says("labels", rf"\({N}, {V}\)", rf"\({N},\)")),
+        (
+            torch.ones(N, V + 1, device="cpu"),
+            ValueError,
+            says("labels", rf"\({N}, {V}\)", rf"\({N}, {V + 1}\)"),
+        ),
+        ([[1.0] * V] * N, TypeError, says("labels", "Tensor", "list")),
+        (torch.ones(N, V, device="meta"), ValueError, says("labels", "device", "meta")),
+        (
+            torch.ones(N, V, device="cpu", requires_grad=True),
+            ValueError,
+            says("labels", "require grad", "detach"),
+        ),
+    ],
+    ids=["int64", "bool", "a class a row", "another V", "list", "device", "requires grad"],
+)
+def test_binary_labels_that_do_not_fit(
+    z: Tensor, v: Tensor, backend: str, labels: Any, error: type[Exception], match: str
+) -> None:
+    """One number for each class, like the logits."""
+    if isinstance(labels, Tensor) and labels.device.type == "cpu":
+        labels = labels.detach().to(z.device).requires_grad_(labels.requires_grad)
+    with pytest.raises(error, match=match):
+        kd.kd_loss(z, v, labels, divergence=kd.BinaryKL(), hard_weight=0.5, backend=backend)
+
+
+def test_binary_sides_of_unequal_size(z: Tensor, backend: str) -> None:
+    """`pad_vocab` is about a vocabulary, not about questions."""
+    with pytest.raises(ValueError, match=says("pad_vocab", "binary_kl", "slice", str(V), str(V + 2))):
+        kd.kd_loss(z, torch.randn(N, V + 2), divergence=kd.BinaryKL(), pad_vocab=True, backend=backend)
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 1.5, float("nan")])
+@pytest.mark.parametrize(("name", "limit"), [("SkewKL", "forward_kl"), ("SkewReverseKL", "reverse_kl")])
+def test_skews(name: str, limit: str, alpha: float) -> None:
+    """At 0 it is a KL, at 1 nothing."""
+    with pytest.raises(ValueError, match=says("alpha", name, "between 0 and 1", limit, str(alpha))):
+        getattr(kd, name)(alpha)
+
+
+@pytest.mark.parametrize("name", ["AlphaBeta", "DKD"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_parameters_are_finite(name: str, value: float) -> None:
+    """Either of the two, by name."""
+    for parameter in ("alpha", "beta"):
+        given = {"alpha": 0.5, "beta": 0.5, parameter: value}
+        with pytest.raises(ValueError, match=says(parameter, name, "finite", str(value))):
+            getattr(kd, name)(**given)
+
+
+@pytest.mark.parametrize("name", ["JSD", "SkewKL", "SkewReverseKL", "AlphaBeta", "DKD"])
+@pytest.mark.parametrize("value", ["0.5", None, True, torch.tensor(0.5, device="cpu")], ids=str)
+def test_parameters_are_numbers(name: str, value: Any) -> None:
+    """A tensor would be read by the device, or not at all."""
+    parameter = "beta" if name == "JSD" else "alpha"
+    given = {"beta": 0.5} if name in ("AlphaBeta", "DKD") else {}
+    with pytest.raises(TypeError, match=says(parameter, name, "number", type(value).__name__)):
+        getattr(kd, name)(**{**given, parameter: value})
+
+
+def test_parameters_without_defaults(z: Tensor, v: Tensor) -> None:
+    """α-β has none that is the usual one; LogitMSE and BinaryKL are objects of their own names."""
+    with pytest.raises(ValueError, match=says("alpha_beta", "alpha, beta", r"kd\.AlphaBeta\(")):
+        kd.kd_loss(z, v, divergence="alpha_beta")
+    with pytest.raises(TypeError):
+        kd.AlphaBeta()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=says("centered", "bool", "int")):
+        kd.LogitMSE(centered=1)  # type: ignore[arg-type]
+
+
+def test_an_object_that_is_no_row(z: Tensor, v: Tensor) -> None:
+    """Its name must be in the table, with as many parameters."""
+
+    class Mine:
+        name, params = "mine", ()
+
+    class Short:
+        name, params = "jsd", ()
+
+    with pytest.raises(TypeError, match=says("divergence", "Mine", "JSD")):
+        kd.kd_loss(z, v, divergence=Mine())
+    with pytest.raises(ValueError, match=says("jsd", "beta", r"\(\)")):
+        kd.kd_loss(z, v, divergence=Short())
 
 
 # Kinds
@@ -336,3 +487,5 @@ def test_no_warning_where_labels_are_used(z: Tensor, v: Tensor, backend: str) ->
         kd.kd_loss(z, v, labels, hard_weight=0.0, backend=backend)
         kd.kd_loss(z, v, labels, hard_weight=0.5, backend=backend)
         kd.kd_loss(z, v, mask=labels != -100, backend=backend)
+        skip_unless_it_can(backend, z, v, labels, divergence="dkd")
+        kd.kd_loss(z, v, labels, divergence="dkd", backend=backend)  # its soft term uses them

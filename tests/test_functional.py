@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from dataclasses import replace
 from math import inf
+from typing import Any
 
 import pytest
 import torch
 from conftest import DEVICES, interpreted
-from tolerances import DIVERGENCES, DTYPES, check, eager_result, keywords, our_loss, our_result
+from tolerances import (
+    DIVERGENCES,
+    DTYPES,
+    check,
+    eager_result,
+    fitting,
+    keywords,
+    our_loss,
+    our_result,
+    skip_unless_it_can,
+)
 from torch import Tensor
 from truth import Options, truth
 
@@ -44,11 +56,10 @@ OPTIONS = (
 
 @pytest.mark.parametrize("o", OPTIONS, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_truth_is_what_autograd_says(divergence: str | float, o: Options) -> None:
+def test_the_truth_is_what_autograd_says(divergence: Any, o: Options) -> None:
     """The closed forms in truth.py and autograd of the eager loss share no formula; in fp64 they agree."""
-    o = o.but(divergence=divergence)
     z, v = pair(5, 23, dtype=torch.float64)
-    labels = labelled((5,), 23)
+    labels, o = fitting(z, labelled((5,), 23), o.but(divergence=divergence))
     loss, grad = eager_result(z, v, labels, o, None)
     exact = truth(z, v, labels, o)
     torch.testing.assert_close(exact.loss, loss, rtol=1e-12, atol=1e-13)
@@ -64,7 +75,7 @@ def test_uninitialised_memory_is_nan() -> None:
 @pytest.mark.parametrize("o", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_parity(backend: str, divergence: str | float, dtype: torch.dtype, o: Options) -> None:
+def test_parity(backend: str, divergence: Any, dtype: torch.dtype, o: Options) -> None:
     """Eager and fused drift apart where only the default options are compared; here every one takes part."""
     check(*pair(3, 5, 131, dtype=dtype), labelled((3, 5), 131), o.but(divergence=divergence), backend=backend)
 
@@ -82,7 +93,7 @@ MIXED = [
 @pytest.mark.parametrize(("student", "teacher"), MIXED, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_student_and_teacher_of_different_dtypes(
-    backend: str, divergence: str | float, student: torch.dtype, teacher: torch.dtype
+    backend: str, divergence: Any, student: torch.dtype, teacher: torch.dtype
 ) -> None:
     """An fp32 teacher beside a bf16 student is neither rounded to bf16 nor read as bf16."""
     z, v = pair(7, 50)
@@ -92,7 +103,7 @@ def test_student_and_teacher_of_different_dtypes(
 
 @pytest.mark.parametrize("vocab", [1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 65, 127, 255, 1000, 1023, 4097])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", 0.5])
-def test_vocabularies_around_every_vector_width(backend: str, divergence: str | float, vocab: int) -> None:
+def test_vocabularies_around_every_vector_width(backend: str, divergence: Any, vocab: int) -> None:
     """Lanes are 8, 16 or 32 wide and unrolled: each tail and each exact multiple.
 
     V = 1 has loss and gradient 0.
@@ -113,7 +124,7 @@ def test_vocabularies_around_every_vector_width(backend: str, divergence: str | 
     ],
     ids=str,
 )
-def test_a_real_vocabulary(backend: str, divergence: str | float, dtype: torch.dtype) -> None:
+def test_a_real_vocabulary(backend: str, divergence: Any, dtype: torch.dtype) -> None:
     """Published tests stop at V = 4,096, where neither a serial fp32 sum over the row nor a spilled block
     shows."""
     o = Options(divergence, temperature=2.0, hard_weight=0.1, reduction="none")
@@ -121,7 +132,7 @@ def test_a_real_vocabulary(backend: str, divergence: str | float, dtype: torch.d
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", 0.5])
-def test_flat_rows_of_a_real_vocabulary(backend: str, divergence: str | float) -> None:
+def test_flat_rows_of_a_real_vocabulary(backend: str, divergence: Any) -> None:
     """Near-uniform rows are the worst case of a serial fp32 sum: every addend rounds the same way."""
     z, v = pair(2, V_LARGE, std=1e-3)
     check(z, v, None, Options(divergence, reduction="none"), backend=backend)
@@ -155,7 +166,7 @@ def test_no_rows(backend: str, dtype: torch.dtype, reduction: str) -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("std", [1e-2, 1e-3])
 def test_gradient_of_a_student_near_its_teacher(
-    backend: str, divergence: str | float, dtype: torch.dtype, std: float
+    backend: str, divergence: Any, dtype: torch.dtype, std: float
 ) -> None:
     """A softmax in bf16 loses the difference q - p that is the whole gradient here (an error of 19 % and
     more)."""
@@ -165,7 +176,7 @@ def test_gradient_of_a_student_near_its_teacher(
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_classes_on_which_both_sides_agree(backend: str, divergence: str | float) -> None:
+def test_classes_on_which_both_sides_agree(backend: str, divergence: Any) -> None:
     """max(d, 0) and |d| have a kink at d = log p - log q = 0, no divergence has: autograd's pick there shows.
 
     A permuted row has the same normaliser, so that its fixed classes have the same probability to the bit.
@@ -200,6 +211,66 @@ def test_rows_more_than_two_to_the_31_elements_apart(backend: str, side: str) ->
     near = torch.randn(2, vocab).bfloat16()
     z, v = (far, near) if side == "student" else (near, far)
     check(z, v, torch.tensor([1, 2]), Options(0.5, hard_weight=0.5), backend=backend)
+
+
+@pytest.mark.parametrize("feature", ["noise", "mixture", "binary labels"])
+def test_what_else_lies_far_apart(backend: str, feature: str) -> None:
+    """Of several teachers each, of labels `[..., V]` each class; noise is of rows, wherever they lie."""
+    stride, vocab = 2**31 + 64, 40
+    if DEVICES[backend] == "cpu":
+        reserved = torch.frombuffer(mmap.mmap(-1, 2 * (stride + vocab)), dtype=torch.bfloat16)
+    else:
+        reserved = torch.empty(stride + vocab, dtype=torch.bfloat16)
+    far = reserved.as_strided((2, vocab), (stride, 1))
+    far.copy_(torch.rand(2, vocab))
+    z, v, labels, o = pair(2, vocab)[0], pair(2, vocab)[1], torch.tensor([1, 2]), Options(hard_weight=0.5)
+    if feature == "noise":
+        check(far, v, labels, o.but(student_noise=kd.LogitNoise(0.5, seed=3)), backend=backend)
+    elif feature == "mixture":
+        check(z, [v, far], labels, o.but(weights=[1.0, 2.0]), backend=backend)
+    else:
+        check(z, v, far, o.but(divergence=kd.BinaryKL()), backend=backend)
+
+
+@pytest.mark.parametrize("feature", ["plain", "noise", "mixture", "binary"])
+def test_more_than_two_to_the_31_logits(backend: str, feature: str) -> None:
+    """Rows past 2³¹ / V, of which few count: their numbers, offsets and samples are their own.
+
+    Stride 0, so that there is one row of memory; the loss alone, whose rows don't count cost nothing.
+    """
+    if backend != "cpu" and DEVICES[backend] == "cpu":
+        pytest.skip("this backend would make [N, V] temporaries, or interpret a billion logits")
+    rows, vocab = 2**15 + 3, 2**16 + 8
+    assert rows * vocab > 2**31
+    one = torch.randn(3, 1, vocab)
+    z, v, other = (x.expand(rows, vocab) for x in one)
+    mask = torch.zeros(rows, dtype=torch.bool)
+    last = rows - 2
+    mask[[0, last]] = True
+    noise = kd.LogitNoise(0.5, seed=9)
+    words: dict[str, Any] = {
+        "plain": {},
+        "noise": {"student_noise": noise, "teacher_noise": noise},
+        "mixture": {},
+        "binary": {"divergence": kd.BinaryKL(), "hard_weight": 0.5},
+    }[feature]
+    labels = one[1].sigmoid().expand(rows, vocab) if feature == "binary" else None
+    teacher = kd.Mixture([v, other], [1.0, 3.0]) if feature == "mixture" else v
+    skip_unless_it_can(backend, z, teacher, labels, **words)
+    got = kd.kd_loss(z, teacher, labels, mask=mask, reduction="none", backend=backend, **words)
+    assert (got[~mask] == 0).all()
+    for row in (0, last):
+        moved = {
+            k: replace(n, row_offset=row) if isinstance(n, kd.LogitNoise) else n for k, n in words.items()
+        }
+        part = slice(row, row + 1)
+        small = kd.kd_loss(
+            z[part].clone(), teacher[part], None if labels is None else labels[part].clone(),
+            reduction="none", backend="reference", **moved,
+        )  # fmt: skip
+        torch.testing.assert_close(got[part], small, rtol=1e-5, atol=1e-5)
+    if feature == "noise":
+        assert got[0] != got[last]
 
 
 def test_none_picks_by_device() -> None:
@@ -244,6 +315,19 @@ def test_module_is_the_function(backend: str) -> None:
     assert "temperature=2.0" in repr(module)
     plain = kd.KDLoss(divergence="reverse_kl", backend=backend)
     assert torch.equal(plain(z, v), our_loss(z, v, None, Options("reverse_kl"), backend))
+
+
+def test_the_module_keeps_noise_and_takes_mixtures(backend: str) -> None:
+    """An option like any other, that `repr` shows; a bad one is refused when it is bound."""
+    (z, v), noise = pair(4, 11), kd.LogitNoise(0.5, seed=7)
+    teacher, labels = kd.Mixture([v, v.flip(0)], [1.0, 2.0]), torch.tensor([1, 2, 3, 4])
+    module = kd.KDLoss(divergence=kd.DKD(1.0, 2.0), teacher_noise=noise, backend=backend)
+    assert "LogitNoise(sigma=0.5" in repr(module) and "DKD(alpha=1.0, beta=2.0)" in repr(module)
+    skip_unless_it_can(backend, z, teacher, labels, divergence="dkd", teacher_noise=noise)
+    o = Options(kd.DKD(1.0, 2.0), teacher_noise=noise, weights=[1.0, 2.0])
+    assert torch.equal(module(z, teacher, labels), our_loss(z, [v, v.flip(0)], labels, o, backend))
+    with pytest.raises(TypeError, match="teacher_noise must be None or"):
+        kd.KDLoss(teacher_noise=0.5)
 
 
 def test_shift_labels() -> None:
@@ -292,6 +376,14 @@ def test_the_public_names() -> None:
         "KDStats",
         "Logits",
         "JSD",
+        "SkewKL",
+        "SkewReverseKL",
+        "AlphaBeta",
+        "LogitMSE",
+        "DKD",
+        "BinaryKL",
+        "LogitNoise",
+        "Mixture",
         "explain",
         "shift_labels",
         "gkd",
@@ -307,7 +399,7 @@ def test_the_public_names() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", 0.5])
-def test_stats(backend: str, divergence: str | float, reduction: str, weighted: bool) -> None:
+def test_stats(backend: str, divergence: Any, reduction: str, weighted: bool) -> None:
     """Every figure against plain torch, without the token weights; the loss is the same to the bit."""
     T = 2.0
     (z, v), labels = pair(6, 9, dtype=torch.float64), torch.tensor([1, -100, 3, 4, 5, 0])
@@ -350,6 +442,48 @@ def test_stats(backend: str, divergence: str | float, reduction: str, weighted: 
     assert_close_fp64(stats.agreement.double(), (z.argmax(-1) == v.argmax(-1))[mask].double().mean())
     assert_close_fp64(stats.accuracy.double(), (z.argmax(-1) == labels)[labelled].double().mean())
     assert stats.counted.item() == 5
+
+
+def test_stats_of_questions(backend: str) -> None:
+    """Of binary classes: entropies summed over them, agreement and accuracy the share of answers."""
+    T = 2.0
+    (z, v), labels = pair(5, 9, dtype=torch.float64), torch.rand(5, 9).double()
+    mask = torch.tensor([True, True, False, True, True])
+    v[0] = z[0] * 0.5
+    z[3, 4], v[3, 5] = 400.0, -400.0
+    o = Options(kd.BinaryKL(), temperature=T, hard_weight=0.5, mask=mask)
+    skip_unless_it_can(backend, z, v, labels, **keywords(o))
+    _, stats = kd.kd_loss_with_stats(z, v, labels, backend=backend, **keywords(o))
+    exact = truth(z, v, labels, o)
+    assert_close_fp64(stats.soft.double(), exact.soft.sum() / 4)
+    assert_close_fp64(stats.hard.double(), exact.hard.sum() / 4)
+    for entropy, x in ((stats.student_entropy, z), (stats.teacher_entropy, v)):
+        p, not_p = (x[mask] / T).sigmoid(), (-x[mask] / T).sigmoid()
+        expected = -(torch.xlogy(p, p) + torch.xlogy(not_p, not_p)).sum(-1).mean()
+        torch.testing.assert_close(entropy.double(), expected, rtol=1e-10, atol=1e-14)
+    assert_close_fp64(stats.agreement.double(), ((z > 0) == (v > 0))[mask].double().mean())
+    assert_close_fp64(stats.accuracy.double(), ((z > 0) == (labels > 0.5))[mask].double().mean())
+    assert stats.counted.item() == 4
+
+
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if not Options(d).binary])
+def test_stats_of_every_divergence(backend: str, divergence: Any) -> None:
+    """The soft figure is the divergence, with noise and without; the others don't depend on it."""
+    (z, v), labels = pair(6, 9, dtype=torch.float64), torch.tensor([1, -100, 3, 4, 5, 0])
+    noise = kd.LogitNoise(0.5, "multiplicative", seed=2)
+    for o in (
+        Options(divergence, temperature=2.0, hard_weight=0.5),
+        Options(divergence, temperature=2.0, hard_weight=0.5, student_noise=noise, teacher_noise=noise),
+    ):
+        skip_unless_it_can(backend, z, v, labels, **keywords(o))
+        loss, stats = kd.kd_loss_with_stats(z, v, labels, backend=backend, **keywords(o))
+        exact = truth(z, v, labels, o)
+        assert_close_fp64(loss.double(), exact.loss)
+        assert_close_fp64(stats.soft.double(), exact.soft.sum() / 5)
+        assert_close_fp64(stats.hard.double(), exact.hard.sum() / 5)
+        _, plain = kd.kd_loss_with_stats(z, v, labels, backend=backend, **keywords(o.but(divergence=0.5)))
+        for name in ("student_entropy", "teacher_entropy", "agreement", "accuracy", "counted"):
+            assert_close_fp64(getattr(stats, name).double(), getattr(plain, name).double())
 
 
 def test_stats_without_labels_or_rows(backend: str) -> None:
@@ -453,7 +587,7 @@ def test_the_stream_of_the_caller(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_bits_for_every_run_on_a_gpu(divergence: str | float, dtype: torch.dtype) -> None:
+def test_the_same_bits_for_every_run_on_a_gpu(divergence: Any, dtype: torch.dtype) -> None:
     """Programs finish in any order, and nothing depends on it."""
     z, v, labels = on_gpu((300,), 5000, dtype)
     for reduction in ("mean", "sum", "none"):

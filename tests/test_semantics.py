@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from math import inf, log, nan
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import DIVERGENCES, check, our_loss, our_result
+from tolerances import DIVERGENCES, RAW, check, fitting, our_loss, our_result
 from torch import Tensor
 from truth import Options, truth
 
@@ -81,7 +82,7 @@ def test_jsd_by_hand(backend: str, beta: float) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_equal_logits(backend: str, divergence: str | float) -> None:
+def test_equal_logits(backend: str, divergence: Any) -> None:
     """A "KL" that is a cross-entropy never reaches 0, so it can't be compared."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         z = logits(4, 300, dtype=dtype)
@@ -98,7 +99,7 @@ def test_equal_logits(backend: str, divergence: str | float) -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_t_squared_is_in_loss_and_gradient(backend: str, divergence: str | float) -> None:
+def test_t_squared_is_in_loss_and_gradient(backend: str, divergence: Any) -> None:
     """On the loss but not on the gradient, or the reverse, is a silent change of the soft term's weight by
     T²."""
     z, v = logits(4, 9), logits(4, 9)
@@ -283,7 +284,7 @@ def test_nothing_counted(backend: str, reduction: str, num_items: int | Tensor |
     "o", [Options(), Options(temperature=2.0, hard_weight=0.5, reduction="none")], ids=str
 )
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_classes_masked_on_both_sides(backend: str, divergence: str | float, o: Options) -> None:
+def test_classes_masked_on_both_sides(backend: str, divergence: Any, o: Options) -> None:
     """0 · (−inf) is NaN: a class at -inf on both sides adds nothing to the loss and has no gradient; nor does
     a tile of them."""
     z, v = logits(4, 200, dtype=torch.float32), logits(4, 200, dtype=torch.float32)
@@ -292,27 +293,32 @@ def test_classes_masked_on_both_sides(backend: str, divergence: str | float, o: 
         zm[:, where] = vm[:, where] = -inf
         labels = torch.tensor([199 if where.start == 0 else 0] * 4)
         check(zm, vm, labels, o.but(divergence=divergence), backend=backend)
-        _, grad = our_result(zm, vm, labels, o.but(divergence=divergence), backend)
+        _, grad = our_result(zm, vm, labels, o.but(divergence=divergence, hard_weight=0.0), backend)
         assert (grad[:, where] == 0).all()
+
+
+# What is infinite where only the other side has a class, and what has no gradient there.
+NO_GRADIENT = {
+    (name, side) for name in ("logit_mse", "centered_logit_mse") for side in ("student", "teacher")
+} | {("reverse_kl", "teacher")}
+INFINITE = NO_GRADIENT | {
+    (name, "student") for name in ("forward_kl", "soft_cross_entropy", "dkd", "binary_kl")
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_classes_masked_on_one_side(backend: str, divergence: str | float, side: str) -> None:
+def test_classes_masked_on_one_side(backend: str, divergence: Any, side: str) -> None:
     """phi's limit: 0 or finite where it exists, inf where it doesn't; forward KL's gradient is finite even
     then."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         z, v = logits(3, 40, dtype=dtype), logits(3, 40, dtype=dtype)
         (z if side == "student" else v)[1, 5:9] = -inf
         o = Options(divergence, temperature=2.0, reduction="none")
-        exact = truth(z, v, None, o)
-        infinite = (divergence, side) in {
-            ("forward_kl", "student"),
-            ("soft_cross_entropy", "student"),
-            ("reverse_kl", "teacher"),
-        }
+        exact = truth(z, v, *fitting(z, None, o))
+        infinite = (o.row[0], side) in INFINITE
         assert exact.loss[1].item() == inf if infinite else exact.loss[1].isfinite()
-        if not infinite or divergence != "reverse_kl":
+        if (o.row[0], side) not in NO_GRADIENT:
             check(z, v, None, o, backend=backend)
             continue
         # The row's own gradient has no limit; its loss and every other row do.
@@ -326,7 +332,7 @@ def test_classes_masked_on_one_side(backend: str, divergence: str | float, side:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [30.0, 1e4])
-def test_saturated_rows(backend: str, divergence: str | float, dtype: torch.dtype, size: float) -> None:
+def test_saturated_rows(backend: str, divergence: Any, dtype: torch.dtype, size: float) -> None:
     """One-hot probabilities, agreeing and not: exp neither overflows nor, underflowing, leaves a 0 · inf."""
     z, v = torch.full((4, 100), -size), torch.full((4, 100), -size)
     z[0, 3] = v[0, 3] = size
@@ -343,7 +349,7 @@ def test_saturated_rows(backend: str, divergence: str | float, dtype: torch.dtyp
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("shift", [-1e4, -100.0, 1e4])
-def test_rows_far_from_zero(backend: str, divergence: str | float, shift: float) -> None:
+def test_rows_far_from_zero(backend: str, divergence: Any, shift: float) -> None:
     """A maximum that grows block by block starts somewhere: at 0, the first row below would be NaN. So would
     one whose first classes are far below the rest."""
     z, v = logits(4, 120) + shift, logits(4, 120) + shift / 2
@@ -355,8 +361,9 @@ def test_rows_far_from_zero(backend: str, divergence: str | float, shift: float)
         check(z, v, torch.tensor([3, 100, 7, 110]), o, backend=backend)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_classes_as_low_as_the_dtype_goes(backend: str, divergence: str | float) -> None:
+# Not the centred logits, whose mean such a class is part of.
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if Options(d).row[0] != "centered_logit_mse"])
+def test_classes_as_low_as_the_dtype_goes(backend: str, divergence: Any) -> None:
     """What many models write for a masked class: differences from it overflow, and 0 times that is NaN."""
     z, v = (logits(3, 120, dtype=torch.float32) for _ in range(2))
     z[:, :40] = v[:, :40] = torch.finfo(torch.float32).min
@@ -383,7 +390,7 @@ def test_an_impossible_class_of_no_weight(backend: str, divergence: str) -> None
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("poison", ["nan", "all -inf", "+inf"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_bad_row_poisons_only_itself(backend: str, divergence: str | float, side: str, poison: str) -> None:
+def test_a_bad_row_poisons_only_itself(backend: str, divergence: Any, side: str, poison: str) -> None:
     """NaN in one row, as torch's softmax gives it, and not one bit of difference in the others."""
     z, v = logits(5, 40, dtype=torch.float32), logits(5, 40, dtype=torch.float32)
     o = Options(divergence, reduction="none")
@@ -395,16 +402,18 @@ def test_a_bad_row_poisons_only_itself(backend: str, divergence: str | float, si
         bad[7] = nan if poison == "nan" else inf
     loss, grad = our_result(z, v, None, o, backend)
     others = torch.tensor([0, 1, 3, 4])
-    assert loss[2].isnan() and grad[2].isnan().any()
+    if poison == "nan" or o.row[0] not in RAW:
+        assert loss[2].isnan() and grad[2].isnan().any()
     assert torch.equal(loss[others], clean[others]) and torch.equal(grad[others], clean_grad[others])
-    assert our_loss(z, v, None, o.but(reduction="mean"), backend).isnan()
+    mean = our_loss(z, v, None, o.but(reduction="mean"), backend)
+    assert not mean.isfinite() if loss[2].item() == inf else mean.isnan() == loss[2].isnan()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("divergence", KLS)
 def test_an_ignored_bad_row_poisons_nothing(
-    backend: str, divergence: str | float, dtype: torch.dtype, reduction: str
+    backend: str, divergence: Any, dtype: torch.dtype, reduction: str
 ) -> None:
     """Padding may hold anything: outside the mask, loss and gradient are exactly 0, and the others don't
     notice."""
