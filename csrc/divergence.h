@@ -185,7 +185,8 @@ struct AlphaBetaOf : Pair<R> {
       from_larger = kd_exp(log_larger);
       from_both = from_larger * (1 + grown_a);
     }
-    const R subtrahend = from_larger * e_a, minuend = from_both * (from_both == 0 ? R(0) : e_b);
+    // What underflows weighs nothing, also beside an infinite logarithm.
+    const R subtrahend = from_larger * (from_larger == 0 ? R(0) : e_a), minuend = from_both * (from_both == 0 ? R(0) : e_b);
     // With s = 0 the other exponent is -a.
     const R over_a = either(student_larger, inverse(alpha), inverse(beta));
     const R at_s_0 = alpha == 0 ? R(0.5) * t * t : (subtrahend - t) * over_a;

@@ -177,7 +177,7 @@ def phi_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
     e_a = xp.where(at == 0, t, xp.expm1(xp.where(at > 1, 0.0, at)) * over_a)
     e_b = xp.where(bt == 0, t, xp.expm1(xp.where(bt > 1, 0.0, bt)) * over_b)
     minuend = xp.where(bt > 1, (smaller - both) * over_b, both * xp.where(both == 0, 0.0, e_b))
-    subtrahend = xp.where(at > 1, (both - larger) * over_a, larger * e_a)
+    subtrahend = xp.where(at > 1, (both - larger) * over_a, larger * xp.where(larger == 0, 0.0, e_a))
     over_s = f / xp.where(st == 0, 1.0, st)
     t_at_s_0 = xp.where(st == 0, t, 0.0)
     at_s_0 = xp.where(at == 0, 0.5 * t_at_s_0 * t_at_s_0, (subtrahend - t_at_s_0) * over_a)

@@ -115,11 +115,13 @@ class CpuBackend:
         )  # fmt: skip
         return phi, g
 
-    def words(self, seed: int, row: int, stream: int, groups: int) -> Tensor:
-        """The library's words of the noise, `[groups, 4]`, to be compared with those of `noise.py`."""
-        out = torch.empty(groups, 4, dtype=torch.int32)
-        self._library.words(self._library.variant, seed, row, stream, groups, out.data_ptr())
-        return out.to(torch.int64) & 0xFFFFFFFF
+    def words(self, seed: int, rows: Tensor, classes: int, stream: int) -> Tensor:
+        """The library's words of the noise, `[N, classes]`, to be compared with those of `noise.py`."""
+        groups, library = (classes + 3) // 4, self._library
+        out = torch.empty(len(rows), groups, 4, dtype=torch.int32)
+        for row, to in zip(rows.tolist(), out, strict=True):
+            library.words(library.variant, seed, row, stream, groups, to.data_ptr())
+        return out.flatten(1)[:, :classes].to(torch.int64) & 0xFFFFFFFF
 
     def _run(
         self,
