@@ -160,28 +160,28 @@ def phi_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
     # Relative to the larger of p and q, whose exponent is a, with t = −|log p − log q| ≤ 0, b the other
     # exponent, s = a + b, and e(c) = (e^(ct) − 1) / c, which is t at c = 0:
     #     φ = larger^s (e^(at) e(b) − e(a)) / s,    at s = 0 φ = (e(a) − t) / a, and at a = b = 0 t² / 2.
-    # Nothing there divides by α or β. `f` is t kept finite, so that no product with it is 0 · inf.
+    # Nothing there divides by α or β. `f` is t kept finite, so that no product with it is 0 · inf. e(c) of a
+    # negative c is e(|c|) e^(ct), the power of which goes to what it is multiplied by.
     d = lp - lq
     t = xp.where(d < 0, d, -d)
     f = xp.where(t < -1e30, -1e30, t)
     at = xp.where(d < 0, alpha * f, beta * f)
     bt = xp.where(d < 0, beta * f, alpha * f)
     st = (alpha + beta) * f
+    size_a = xp.where(at == 0, 1.0, xp.abs(at))
+    size_b = xp.where(bt == 0, 1.0, xp.abs(bt))
+    e_a = xp.where(at == 0, t, xp.expm1(-size_a) * (-f / size_a))
+    e_b = xp.where(bt == 0, t, xp.expm1(-size_b) * (-f / size_b))
     log_larger = (alpha + beta) * xp.where(d < 0, lq, lp)
-    larger = xp.exp(log_larger)
-    both = xp.exp(log_larger + at)
-    smaller = xp.exp(log_larger + st)
-    # f / at is 1 / a. Where an exponent is negative its power may be infinite and the product still finite.
-    over_a = f / xp.where(at == 0, 1.0, at)
-    over_b = f / xp.where(bt == 0, 1.0, bt)
-    e_a = xp.where(at == 0, t, xp.expm1(xp.where(at > 1, 0.0, at)) * over_a)
-    e_b = xp.where(bt == 0, t, xp.expm1(xp.where(bt > 1, 0.0, bt)) * over_b)
-    minuend = xp.where(bt > 1, (smaller - both) * over_b, both * xp.where(both == 0, 0.0, e_b))
-    subtrahend = xp.where(at > 1, (both - larger) * over_a, larger * xp.where(larger == 0, 0.0, e_a))
-    over_s = f / xp.where(st == 0, 1.0, st)
+    from_larger = xp.exp(log_larger + xp.where(at > 0, at, 0.0))
+    from_both = xp.exp(log_larger + at + xp.where(bt > 0, bt, 0.0))
+    # What underflows weighs nothing, also beside an infinite logarithm.
+    subtrahend = from_larger * xp.where(from_larger == 0, 0.0, e_a)
+    minuend = from_both * xp.where(from_both == 0, 0.0, e_b)
     t_at_s_0 = xp.where(st == 0, t, 0.0)
+    over_a = f / xp.where(at == 0, 1.0, at)
     at_s_0 = xp.where(at == 0, 0.5 * t_at_s_0 * t_at_s_0, (subtrahend - t_at_s_0) * over_a)
-    phi = xp.where(st == 0, at_s_0, (minuend - subtrahend) * over_s)
+    phi = xp.where(st == 0, at_s_0, (minuend - subtrahend) * (f / xp.where(st == 0, 1.0, st)))
     # A difference of infinite powers is infinite: of two finite or impossible classes it is no NaN.
     return xp.where(phi == phi, phi, xp.exp(xp.where(phi == phi, 0.0, xp.where(t < 0, 1e30, t))))
 
@@ -191,14 +191,13 @@ def g_alpha_beta(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
     d = lp - lq
     t = xp.where(d < 0, d, -d)
     f = xp.where(t < -1e30, -1e30, t)
-    # e^(αd) − 1 relative to the larger of p and q, as in φ.
+    # e(α) times the larger of both powers, as in φ.
     ct = alpha * f
+    size = xp.where(ct == 0, 1.0, xp.abs(ct))
+    e = xp.where(ct == 0, t, xp.expm1(-size) * (-f / size))
     log_larger = (alpha + beta) * xp.where(d < 0, lq, lp)
-    base = xp.exp(xp.where(d < 0, log_larger, log_larger + beta * f))
-    other = xp.exp(xp.where(d < 0, log_larger + ct, log_larger + (alpha + beta) * f))
-    over = f / xp.where(ct == 0, 1.0, ct)
-    e = xp.where(ct == 0, t, xp.expm1(xp.where(ct > 1, 0.0, ct)) * over)
-    product = xp.where(ct > 1, (other - base) * over, base * xp.where(base == 0, 0.0, e))
+    power = xp.exp(log_larger + xp.where(d < 0, 0.0, beta * f) + xp.where(ct > 0, ct, 0.0))
+    product = power * xp.where(power == 0, 0.0, e)
     return xp.where(d < 0, -product, product)
 
 

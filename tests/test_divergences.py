@@ -142,7 +142,10 @@ def sizes(name: str, params: tuple[float, ...], lq: Tensor, lp: Tensor) -> Tenso
     a, b = params
     s = a + b
     powers = (s * lq).exp() + (s * lp).exp() + (a * lp + b * lq).exp()
-    return powers * (1 + lq.abs() + lp.abs()) * (1 + abs(a) + abs(b)) * (1 + (1 / abs(s) if s else 0))
+    # An exponent is rounded relative to itself.
+    exponents = 1 + abs(s) * torch.minimum(lq.abs(), lp.abs())
+    factors = (1 + abs(a) + abs(b)) * (1 + (1 / abs(s) if s else 0))
+    return powers * exponents * (1 + lq.abs() + lp.abs()) * factors
 
 
 def assert_error_within(got: Tensor, expected: Tensor, allowed: Tensor, lq: Tensor, lp: Tensor) -> None:
