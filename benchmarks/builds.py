@@ -42,6 +42,8 @@ POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
     torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
+# Where the name alone is no choice, or has not the parameters of anybody's.
+CHOICES = {"jsd": kd.JSD(0.3), "alpha_beta": kd.AlphaBeta(0.2, 0.7), "centered_logit_mse": kd.LogitMSE(True)}
 # Options of a call: the loss alone, hard labels at T = 1 beside a soft term at T = 2, and all that there is.
 OPTIONS = ("plain", "hard", "everything")
 
@@ -68,33 +70,33 @@ class Recorder:
 @contextlib.contextmanager
 def recorded(lanes: int = 32) -> Iterator[list[Launch]]:
     """Meanwhile nothing is launched; what would have been, on warps of so many lanes, is in the list."""
-    from kdkernels.backends import triton_kernels
+    from kdkernels.backends import triton_launch
 
     launches: list[Launch] = []
     stand_ins: dict[str, Any] = {
-        name: Recorder(getattr(triton_kernels, name), launches)
+        name: Recorder(getattr(triton_launch, name), launches)
         for name in ("row_kernel", "total_kernel", "scale_kernel")
     }
     stand_ins["lanes"] = lambda device: lanes
     stand_ins["_launching"] = lambda tensor: contextlib.nullcontext()
-    real = {name: getattr(triton_kernels, name) for name in stand_ins}
+    real = {name: getattr(triton_launch, name) for name in stand_ins}
     for name, stand_in in stand_ins.items():
-        setattr(triton_kernels, name, stand_in)
+        setattr(triton_launch, name, stand_in)
     try:
         yield launches
     finally:
         for name, function in real.items():
-            setattr(triton_kernels, name, function)
+            setattr(triton_launch, name, function)
 
 
 def launches_of(
     target: str, divergence: str, dtype: str, vocab: int, options: str, rows: int = 2
 ) -> list[Launch]:
     """What forward, and backward, of one call would launch; its arithmetic is not done."""
-    from kdkernels.backends import triton_kernels
+    from kdkernels.backends import triton_launch
 
     z, v = torch.empty(2, rows, vocab, dtype=DTYPES[dtype]).unbind()
-    given: dict[str, Any] = {"divergence": kd.JSD(0.3) if divergence == "jsd" else divergence}
+    given: dict[str, Any] = {"divergence": CHOICES.get(divergence, divergence)}
     student, teacher, labels = kd.Logits(z), kd.Logits(v), None
     if options != "plain":
         labels = torch.zeros(rows, dtype=torch.int64)
@@ -105,12 +107,12 @@ def launches_of(
     keep = what_to_keep(z.dtype)
     call = checked_call(student, teacher, labels, complete(given), stats=options == "everything")
     with recorded(TARGETS[target][2]) as launches:
-        _, _, kept = triton_kernels.forward(call, keep)
+        _, _, kept = triton_launch.forward(call, keep)
         upstream = torch.ones(())
         if keep == "state":
-            triton_kernels.gradient(upstream, call, kept)
+            triton_launch.gradient(upstream, call, kept)
         else:
-            triton_kernels.scale(kept, upstream, in_place=True)
+            triton_launch.scale(kept, upstream, in_place=True)
     return launches
 
 
