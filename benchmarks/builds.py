@@ -44,8 +44,10 @@ POINTERS = {
 }  # fmt: skip
 # Where the name alone is no choice, or has not the parameters of anybody's.
 CHOICES = {"jsd": kd.JSD(0.3), "alpha_beta": kd.AlphaBeta(0.2, 0.7), "centered_logit_mse": kd.LogitMSE(True)}
-# Options of a call: the loss alone, hard labels at T = 1 beside a soft term at T = 2, and all that there is.
-OPTIONS = ("plain", "hard", "everything")
+# Options of a call: the loss alone, hard labels at T = 1 beside a soft term at T = 2, all that a row has to
+# add to a pass, noise on every logit of both sides, and several teachers.
+OPTIONS = ("plain", "hard", "everything", "noise", "mixture")
+TEACHERS = 3
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,25 @@ def launches_of(
     from kdkernels.backends import triton_launch
 
     z, v = torch.empty(2, rows, vocab, dtype=DTYPES[dtype]).unbind()
+    row = TABLE[divergence]
     given: dict[str, Any] = {"divergence": CHOICES.get(divergence, divergence)}
-    student, teacher, labels = kd.Logits(z), kd.Logits(v), None
-    if options != "plain":
-        labels = torch.zeros(rows, dtype=torch.int64)
+    student: Any = kd.Logits(z)
+    teacher: Any = kd.Logits(v)
+    labels = None
+    if options != "plain" or row.target:
+        labels = torch.zeros(z.shape if row.binary else (rows,), dtype=z.dtype if row.binary else torch.int64)
+    if options in ("hard", "everything"):
         given |= {"hard_weight": 0.1, "temperature": 2.0}
+    elif options != "plain":
+        given |= {"hard_weight": 0.0}
     if options == "everything":
         student, teacher = replace(student, scale=0.5, softcap=30.0), replace(teacher, softcap=20.0)
         given |= {"mask": torch.ones(rows, dtype=torch.bool), "token_weights": torch.ones(rows)}
+    if options == "noise":
+        given["student_noise"] = kd.LogitNoise(0.1, "multiplicative", probability=0.5, seed=0)
+        given["teacher_noise"] = kd.LogitNoise(0.1, seed=0)
+    if options == "mixture":
+        teacher = kd.Mixture([v] * TEACHERS, torch.ones(rows, TEACHERS))
     keep = what_to_keep(z.dtype)
     call = checked_call(student, teacher, labels, complete(given), stats=options == "everything")
     with recorded(TARGETS[target][2]) as launches:
@@ -116,26 +129,34 @@ def launches_of(
     return launches
 
 
-def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+def specialised(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[tuple[int, ...], Any]]:
     """Types, constants and attributes of a launch, as Triton's own launcher finds them."""
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     given |= {k: x for k, x in launch.options.items() if k in launch.kernel.arg_names}
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, place: tuple[int, ...], annotation: str | None = None) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(x, (*place, k)) for k, x in enumerate(value))
+        if isinstance(value, Tensor):
+            if value.data_ptr() % 16 == 0:
+                attributes[place] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return annotation or "fp32"
+        # Those of a tuple are specialised, whatever the kernel says.
+        assert len(place) == 1 or (value != 1 and value % 16), value
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for i, parameter in enumerate(launch.kernel.params):
         value = given[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = parameter.annotation_type or "fp32"
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[parameter.name] = kind(value, (i,), parameter.annotation_type)
     return signature, constants, attributes
 
 

@@ -235,17 +235,17 @@ def _mixed_in(top, s, x):
 
 @triton.jit
 def _teacher(
-    rows, kept, mean, columns, inside, start, classes, strides, by, caps, slopes, scales, samples, refs, logs, shares,
-    seed, number,
+    teachers, kept, mean, columns, inside, start, classes, seed, number,
     M: tl.constexpr, MIXED: tl.constexpr, DONE: tl.constexpr, BINARY: tl.constexpr, ONE: tl.constexpr,
     UNIT: tl.constexpr, CAPPED: tl.constexpr, NOISE: tl.constexpr, PER_ROW: tl.constexpr,
     WHOLE: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The teacher's logits over T, of a block or, with ONE, of a class; of a mixture those of its mean.
 
-    All but the last two arguments have an entry for each teacher. UNIT and CAPPED have a bit for each. DONE
-    says that the mean is there already.
+    What `teachers` holds, and `kept`, have an entry for each teacher, UNIT and CAPPED a bit. DONE says that
+    the mean is there already.
     """
+    rows, strides, by, caps, slopes, amounts, samples, refs, logs, shares = teachers
     if DONE:
         u = mean
     else:
@@ -261,11 +261,11 @@ def _teacher(
             u = _read(rows[m], kept[m], columns, wanted, strides[m], R, (UNIT >> m) & 1, WHOLE, LAST)
             if ONE:
                 eps = triton_noise.sample_at(
-                    scales[m], samples[m], seed, number, columns, 2 * m, NOISE, PER_ROW, R
+                    amounts[m], samples[m], seed, number, columns, 2 * m, NOISE, PER_ROW, R
                 )
             else:
                 eps = triton_noise.sample(
-                    scales[m], samples[m], seed, number, start, 2 * m, NOISE, PER_ROW, R, BLOCK
+                    amounts[m], samples[m], seed, number, start, 2 * m, NOISE, PER_ROW, R, BLOCK
                 )
             u = _processed(u, inside, caps[m], slopes[m], eps, (CAPPED >> m) & 1, NOISE) * by[m]
             if MIXED:
@@ -442,14 +442,15 @@ def row_kernel(
 
         # The student's row, and its noise.
         z_row = z_ptr + _row(n, n1, n2, z_stride0, z_stride1, z_stride2, ALIGN)
+        z_number = n + z_offset
         z_seed = 0
         z_amount = zero
         z_sample = zero
         if Z_NOISE != NO_NOISE:
             z_seed = tl.load(z_seed_ptr)
-            z_amount = triton_noise.amount(z_sigma, z_probability, z_seed, n + z_offset, STUDENT, R)
+            z_amount = triton_noise.amount(z_sigma, z_probability, z_seed, z_number, STUDENT, R)
             if Z_PER_ROW:
-                z_sample = triton_noise.sample_of_row(z_amount, z_seed, n + z_offset, STUDENT, R)
+                z_sample = triton_noise.sample_of_row(z_amount, z_seed, z_number, STUDENT, R)
 
         # The teachers' rows and numbers, of each; what there is not stands for itself and isn't looked at.
         v_rows = (v_ptr + _row(n, n1, n2, v_stride0, v_stride1, v_stride2, ALIGN),)
@@ -467,16 +468,17 @@ def row_kernel(
             by_v = by_v + (_double(more_numbers, 9 * m).to(R),)
             cap_v = cap_v + (_double(more_numbers, 9 * m + 3).to(R),)
             slope_v = slope_v + (_double(more_numbers, 9 * m + 6).to(R),)
+        v_number = n + v_offset
         v_seed = 0
         v_amounts = by_v
         v_samples = by_v
         if V_NOISE != NO_NOISE and SOFT:
             v_seed = tl.load(v_seed_ptr)
             for m in tl.static_range(M):
-                amount = triton_noise.amount(v_sigma, v_probability, v_seed, n + v_offset, 2 * m, R)
+                amount = triton_noise.amount(v_sigma, v_probability, v_seed, v_number, 2 * m, R)
                 of_row = amount
                 if V_PER_ROW:
-                    of_row = triton_noise.sample_of_row(amount, v_seed, n + v_offset, 2 * m, R)
+                    of_row = triton_noise.sample_of_row(amount, v_seed, v_number, 2 * m, R)
                 v_amounts = (amount,) if m == 0 else v_amounts + (amount,)
                 v_samples = (of_row,) if m == 0 else v_samples + (of_row,)
         shares = by_v
@@ -513,7 +515,7 @@ def row_kernel(
                 else:
                     ref, log = _normaliser(
                         v_rows[m], v_kept[m], classes, end, lane, v_columns[m], by_v[m], cap_v[m], slope_v[m],
-                        v_amounts[m], v_samples[m], shares[m], v_seed, n + v_offset, 2 * m,
+                        v_amounts[m], v_samples[m], shares[m], v_seed, v_number, 2 * m,
                         (V_UNIT >> m) & 1, (V_CAPPED >> m) & 1, V_NOISE, V_PER_ROW, WHOLE,
                         R, BLOCK, GROUP, AXIS,
                     )  # fmt: skip
@@ -522,12 +524,13 @@ def row_kernel(
                     tl.store(state_ptr + at + N, log)
                 refs = (ref,) if m == 0 else refs + (ref,)
                 logs = (log,) if m == 0 else logs + (log,)
+        teachers = (v_rows, v_columns, by_v, cap_v, slope_v, v_amounts, v_samples, refs, logs, shares)
         DONE: tl.constexpr = MIXED and WHOLE
         if DONE and SOFT:
             v_mean = _teacher(
-                v_rows, v_kept, v_mean, lane, lane < classes, 0, classes, v_columns, by_v, cap_v, slope_v, v_amounts,
-                v_samples, refs, logs, shares, v_seed, n + v_offset, M, MIXED, False, BINARY, False, V_UNIT,
-                V_CAPPED, V_NOISE, V_PER_ROW, WHOLE, False, R, BLOCK,
+                teachers, v_kept, v_mean, lane, lane < classes, 0, classes, v_seed, v_number,
+                M, MIXED, False, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                WHOLE, False, R, BLOCK,
             )  # fmt: skip
 
         # lq = y − shift_z − lse_z, two steps, since one constant for both would lose the logarithm's digits
@@ -590,7 +593,7 @@ def row_kernel(
                     inside = columns < classes
                     z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, LAST)
                     eps = triton_noise.sample(
-                        z_amount, z_sample, z_seed, n + z_offset, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
+                        z_amount, z_sample, z_seed, z_number, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
                     )
                     z = _processed(z, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
                     if TARGET:
@@ -599,9 +602,9 @@ def row_kernel(
                     y = z * by_z
                     if V_NORMS or CENTRES:
                         u = _teacher(
-                            v_rows, v_kept, v_mean, columns, inside, start, classes, v_columns, by_v, cap_v, slope_v,
-                            v_amounts, v_samples, refs, logs, shares, v_seed, n + v_offset, M, MIXED, DONE,
-                            BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW, WHOLE, LAST, R, BLOCK,
+                            teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
+                            M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                            WHOLE, LAST, R, BLOCK,
                         )  # fmt: skip
                         if TARGET:
                             u = tl.where(columns == label, NEG_INF, u)
@@ -681,39 +684,35 @@ def row_kernel(
 
             if TARGET or (HARD != NO_HARD and not BINARY):
                 at = tl.where(valid, label, 0)
-                z = _read(z_row, z_row, at, True, z_column, R, Z_UNIT, False, False)
-                eps = triton_noise.sample_at(
-                    z_amount, z_sample, z_seed, n + z_offset, at, STUDENT, Z_NOISE, Z_PER_ROW, R
+                z_t = _read(z_row, z_row, at, True, z_column, R, Z_UNIT, False, False)
+                eps_t = triton_noise.sample_at(
+                    z_amount, z_sample, z_seed, z_number, at, STUDENT, Z_NOISE, Z_PER_ROW, R
                 )
-                z = _processed(z, True, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
+                z_t = _processed(z_t, True, cap_z, slope_z, eps_t, Z_CAPPED, Z_NOISE)
             if TARGET:
-                u = _teacher(
-                    v_rows, v_rows, v_mean, at, True, 0, classes, v_columns, by_v, cap_v, slope_v,
-                    v_amounts, v_samples, refs, logs, shares, v_seed, n + v_offset, M, MIXED, False,
-                    BINARY, True, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW, False, False, R, BLOCK,
+                u_t = _teacher(
+                    teachers, v_rows, v_mean, at, True, 0, classes, v_seed, v_number,
+                    M, MIXED, False, BINARY, True, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                    False, False, R, BLOCK,
                 )  # fmt: skip
-                y = z * by_z
-                margin_z = y - rz - log_z
-                margin_v = u - rv - log_v
+                y_t = z_t * by_z
+                margin_z = y_t - rz - log_z
+                margin_v = u_t - rv - log_v
                 around = a0 * PHI_OF_MARGINS(margin_z, margin_v)
                 # A counted row needs a label.
                 gamma = a0 * G_OF_MARGINS(margin_z, margin_v) + tl.where(valid & labelled, 0.0, NAN)
             if HARD != NO_HARD and not BINARY:
-                x = z * by_1
+                x_t = z_t * by_1
                 if TARGET:
-                    ref_1, s1, _ = _with_one(tl.where(s1 == 0, NEG_INF, ref_1), s1, zero, x)
+                    ref_1, s1, _ = _with_one(tl.where(s1 == 0, NEG_INF, ref_1), s1, zero, x_t)
                 lse_1 = tl.log(s1)
-                hard = tl.where(labelled, lse_1 - (x - ref_1) + poison, 0.0)
+                hard = tl.where(labelled, lse_1 - (x_t - ref_1) + poison, 0.0)
             if STATS and Z_NORMS:
                 if TARGET:
-                    best_z = tl.where(
-                        y > top_z, label, tl.where(y == top_z, tl.minimum(best_z, label), best_z)
-                    )
-                    best_v = tl.where(
-                        u > top_v, label, tl.where(u == top_v, tl.minimum(best_v, label), best_v)
-                    )
-                    _, all_z, xz = _with_one(top_z, sz, xz, y)
-                    _, all_v, xv = _with_one(top_v, sv, xv, u)
+                    best_z = _first_of(best_z, top_z, label, y_t)
+                    best_v = _first_of(best_v, top_v, label, u_t)
+                    _, all_z, xz = _with_one(top_z, sz, xz, y_t)
+                    _, all_v, xv = _with_one(top_v, sv, xv, u_t)
                     entropy_z = tl.log(all_z) - xz / all_z
                     entropy_v = tl.log(all_v) - xv / all_v
                 else:
@@ -766,15 +765,15 @@ def row_kernel(
                     inside = columns < classes
                     z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS)
                     eps = triton_noise.sample(
-                        z_amount, z_sample, z_seed, n + z_offset, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
+                        z_amount, z_sample, z_seed, z_number, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
                     )
                     lq = (
                         _processed(z, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE) * by_z - shift_z - lse_z
                     )
                     u = _teacher(
-                        v_rows, v_kept, v_mean, columns, inside, start, classes, v_columns, by_v, cap_v, slope_v,
-                        v_amounts, v_samples, refs, logs, shares, v_seed, n + v_offset, M, MIXED, DONE,
-                        BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW, WHOLE, MODE == LOSS, R, BLOCK,
+                        teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
+                        M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                        WHOLE, MODE == LOSS, R, BLOCK,
                     )  # fmt: skip
                     lp = u - shift_v - lse_v
                     if TARGET:
@@ -836,15 +835,15 @@ def row_kernel(
                 inside = columns < classes
                 raw = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, True)
                 eps = triton_noise.sample(
-                    z_amount, z_sample, z_seed, n + z_offset, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
+                    z_amount, z_sample, z_seed, z_number, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
                 )
                 z = _processed(raw, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
                 dz = tl.zeros([BLOCK], R)
                 if SOFT:
                     u = _teacher(
-                        v_rows, v_kept, v_mean, columns, inside, start, classes, v_columns, by_v, cap_v, slope_v,
-                        v_amounts, v_samples, refs, logs, shares, v_seed, n + v_offset, M, MIXED, DONE,
-                        BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW, WHOLE, True, R, BLOCK,
+                        teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
+                        M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                        WHOLE, True, R, BLOCK,
                     )  # fmt: skip
                     lq = z * by_z
                     lp = u

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference, tuning
-from ..divergences import Closed, Divergence
+from ..divergences import BUILT_IN, Closed, Divergence
 from ..layout import common_rows
 from ..noise import Noise
 from ..reference import compute_dtype, counted_rows
@@ -48,6 +48,9 @@ ALIGNMENT = 8  # numbers: 16 bytes of 16-bit ones
 ROWS_AT_ONCE = 4096  # of the one program that adds up the losses
 
 
+# Divergences of which a thread works on 16 classes of bfloat16 at once: with as many, `alpha_beta` spills on
+# sm_90, and nobody knows of one that a caller registers.
+LIGHT = BUILT_IN - {"alpha_beta", "skew_kl", "binary_kl"}
 QUIET = Noise(0.0, False, False, 1.0, 0)  # what stands for no noise
 
 
@@ -219,9 +222,14 @@ def in_three(x: float) -> tuple[float, float, float]:
     return first, second, x - first - second
 
 
-def is_heavy(spec: LossSpec) -> bool:
-    """Whether a class takes so many registers that a thread has half as many of them."""
-    return spec.stats
+def is_heavy(call: Call) -> bool:
+    """Whether classes take so many registers that a thread has half as many classes of a block."""
+    return call.spec.stats or call.mixture is not None or call.spec.divergence not in LIGHT
+
+
+def draws(spec: LossSpec) -> bool:
+    """Whether there is noise on every logit."""
+    return any(noise is not None and not noise.per_row for noise in (spec.student_noise, spec.teacher_noise))
 
 
 def noise_constants(side: str, noise: Noise | None) -> dict[str, Any]:
@@ -300,7 +308,11 @@ def launch(
     itemsize = max(side.element_size() for side in sides)
     align = math.gcd(ALIGNMENT, classes, width, *(step for side in strides for step in side))
     units = [side.stride(-1) == 1 for side in sides]
-    config = tuning.triton(width, itemsize, align if all(units) else 1, is_heavy(spec), lanes(student.device))
+    heavy = is_heavy(call) or draws(spec)
+    if draws(spec):
+        # A thread that has the four classes of one call of Philox hands no normals to others.
+        itemsize = max(itemsize, 4)
+    config = tuning.triton(width, itemsize, align if all(units) else 1, heavy, lanes(student.device))
     # Three strides of rows, and that of columns.
     none = [0] * (3 - len(shape))
     steps = [
