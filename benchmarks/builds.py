@@ -209,6 +209,11 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
     }
 
 
+def has_mixtures(divergence: str) -> bool:
+    """Whether it compares probabilities, of which there is a mean."""
+    return TABLE[divergence].normaliser == "softmax" or TABLE[divergence].binary
+
+
 def instantiations(
     target: str, dtypes: Sequence[str], option_sets: Sequence[str], vocabularies: Sequence[int]
 ) -> dict[str, tuple[list[dict[str, Any]], Launch]]:
@@ -218,6 +223,8 @@ def instantiations(
         for dtype in dtypes:
             for vocab in vocabularies:
                 for options in option_sets:
+                    if options == "mixture" and not has_mixtures(divergence):
+                        continue
                     for launch in launches_of(target, divergence, dtype, vocab, options):
                         warps = launch.options.get("num_warps", 4)
                         key = f"{launch.kernel.fn.__name__} {specialised(launch)} {warps}"
