@@ -48,6 +48,9 @@ CHOICES = {"jsd": kd.JSD(0.3), "alpha_beta": kd.AlphaBeta(0.2, 0.7), "centered_l
 # add to a pass, noise on every logit of both sides, and several teachers.
 OPTIONS = ("plain", "hard", "everything", "noise", "mixture")
 TEACHERS = 3
+# Bytes a thread: ptxas gives up that much of a program to have one more of them on a multiprocessor (64 and 80
+# registers of 256 threads are such steps).
+TOLERATED_SPILLS = 32
 
 
 @dataclass(frozen=True)
@@ -215,11 +218,15 @@ def has_mixtures(divergence: str) -> bool:
 
 
 def instantiations(
-    target: str, dtypes: Sequence[str], option_sets: Sequence[str], vocabularies: Sequence[int]
+    target: str,
+    divergences: Sequence[str],
+    dtypes: Sequence[str],
+    option_sets: Sequence[str],
+    vocabularies: Sequence[int],
 ) -> dict[str, tuple[list[dict[str, Any]], Launch]]:
-    """The different builds behind every divergence, dtype, vocabulary and set of options."""
+    """The different builds behind each divergence, dtype, vocabulary and set of options."""
     found: dict[str, tuple[list[dict[str, Any]], Launch]] = {}
-    for divergence in TABLE:
+    for divergence in divergences:
         for dtype in dtypes:
             for vocab in vocabularies:
                 for options in option_sets:
@@ -240,7 +247,7 @@ def instantiations(
 
 NOTES = """\
 plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights,
-softcaps and stats, too. Registers are a thread's; 16-byte accesses are those in its code, loops not
+softcaps and stats, too. noise: on every logit of both sides. mixture: three teachers. Registers are a thread's; 16-byte accesses are those in its code, loops not
 counted out. A pass over a side is 2 loads there, or 1 with stats; stores are as many, and as many again
 for the zeros of rows that don't count. float16 takes two launches.
 """
@@ -272,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Builds everything for the targets; prints a table, or a JSON line for each build."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks builds", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--divergences", nargs="+", choices=TABLE, default=list(TABLE))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16", "fp32"])
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
@@ -280,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     builds: list[dict[str, Any]] = []
     for target in chosen.targets:
         for cases, launch in instantiations(
-            target, chosen.dtypes, chosen.options, chosen.vocabularies
+            target, chosen.divergences, chosen.dtypes, chosen.options, chosen.vocabularies
         ).values():
             case = {
                 **cases[0],
@@ -307,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = f"{title}: `{document['command']}`.\n\n{NOTES}\n{markdown_table(head, rows, left=5)}\n"
         (RESULTS / "triton-builds.md").write_text(text)
         print(f"written: {RESULTS / 'triton-builds.json'} and the table beside it")
-    return 1 if any(found["spills"] for found in builds) else 0
+    return 1 if any(found["spills"] > TOLERATED_SPILLS for found in builds) else 0
 
 
 if __name__ == "__main__":

@@ -380,7 +380,7 @@ def row_kernel(
     NORMALISER: tl.constexpr, TARGET: tl.constexpr, BINARY: tl.constexpr,
     CLOSED: tl.constexpr, TEACHER_WEIGHS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
     SUM_G: tl.constexpr, SUM_G_PER_D: tl.constexpr, TIMES: tl.constexpr,
-    MODE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr,
+    MODE: tl.constexpr, SOFT: tl.constexpr, WEIGHED: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr,
     Z_NORMS: tl.constexpr, V_NORMS: tl.constexpr,
     MEAN: tl.constexpr, ITEMS: tl.constexpr, COUNTED: tl.constexpr,
     LABELS: tl.constexpr, MASK: tl.constexpr, WEIGHTS: tl.constexpr,
@@ -395,7 +395,7 @@ def row_kernel(
     Classes, width and the strides of rows come divided by ALIGN, from which the compiler sees how wide an
     access may be. UNIT says that columns lie side by side, PADDED that width > classes, GUARD that
     expressions need help where neither side can produce a class; with WHOLE, width <= BLOCK. NORMS says which
-    sides' softmax something needs.
+    sides' softmax something needs, WEIGHED that the soft term is in the loss and not in the stats alone.
     """
     n = tl.program_id(0).to(tl.int64)
     N = rows.to(tl.int64)
@@ -839,7 +839,7 @@ def row_kernel(
                 )
                 z = _processed(raw, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
                 dz = tl.zeros([BLOCK], R)
-                if SOFT:
+                if WEIGHED or (SOFT and SUMS):
                     u = _teacher(
                         teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
                         M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
@@ -859,7 +859,7 @@ def row_kernel(
                     if SUMS:
                         phi = _apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
                         phis += _sums(phi, GROUP, AXIS)
-                    if WRITES:
+                    if WRITES and WEIGHED:
                         dz = _apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
                         if TARGET:
                             dz = tl.where(lse_v == INF, 0.0, dz)
@@ -868,9 +868,6 @@ def row_kernel(
                         if TARGET:
                             dz = tl.where(columns == label, gamma, dz)
                         dz *= on_soft
-                        if STATS:  # else there would be no soft term
-                            if soft_weight == 0:
-                                dz = tl.zeros([BLOCK], R)
                 if BINARY and SUMS and STATS:
                     entropies_z += _sums(_binary_entropy(lq), GROUP, AXIS)
                     entropies_v += _sums(_binary_entropy(lp), GROUP, AXIS)

@@ -268,6 +268,7 @@ def constants(call: Call) -> dict[str, Any]:
         "BINARY": divergence.binary,
         **closed_constants(divergence),
         "SOFT": soft,
+        "WEIGHED": spec.soft_weight != 0,
         "HARD": (NO_HARD if not hard else SHARED_HARD if spec.temperature == 1 else OWN_HARD).value,
         "STATS": spec.stats,
         "Z_NORMS": not divergence.binary
