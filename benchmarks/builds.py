@@ -42,8 +42,15 @@ POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
     torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
-# Options of a call: the loss alone, hard labels at T = 1 beside a soft term at T = 2, and all that there is.
-OPTIONS = ("plain", "hard", "everything")
+# Where the name alone is no choice, or has not the parameters of anybody's.
+CHOICES = {"jsd": kd.JSD(0.3), "alpha_beta": kd.AlphaBeta(0.2, 0.7), "centered_logit_mse": kd.LogitMSE(True)}
+# Options of a call: the loss alone, hard labels at T = 1 beside a soft term at T = 2, all that a row has to
+# add to a pass, noise on every logit of both sides, and several teachers.
+OPTIONS = ("plain", "hard", "everything", "noise", "mixture")
+TEACHERS = 3
+# Bytes a thread: ptxas gives up that much of a program to have one more of them on a multiprocessor (64 and
+# 80 registers of 256 threads are such steps).
+TOLERATED_SPILLS = 32
 
 
 @dataclass(frozen=True)
@@ -68,72 +75,91 @@ class Recorder:
 @contextlib.contextmanager
 def recorded(lanes: int = 32) -> Iterator[list[Launch]]:
     """Meanwhile nothing is launched; what would have been, on warps of so many lanes, is in the list."""
-    from kdkernels.backends import triton_kernels
+    from kdkernels.backends import triton_launch
 
     launches: list[Launch] = []
     stand_ins: dict[str, Any] = {
-        name: Recorder(getattr(triton_kernels, name), launches)
+        name: Recorder(getattr(triton_launch, name), launches)
         for name in ("row_kernel", "total_kernel", "scale_kernel")
     }
     stand_ins["lanes"] = lambda device: lanes
     stand_ins["_launching"] = lambda tensor: contextlib.nullcontext()
-    real = {name: getattr(triton_kernels, name) for name in stand_ins}
+    real = {name: getattr(triton_launch, name) for name in stand_ins}
     for name, stand_in in stand_ins.items():
-        setattr(triton_kernels, name, stand_in)
+        setattr(triton_launch, name, stand_in)
     try:
         yield launches
     finally:
         for name, function in real.items():
-            setattr(triton_kernels, name, function)
+            setattr(triton_launch, name, function)
 
 
 def launches_of(
     target: str, divergence: str, dtype: str, vocab: int, options: str, rows: int = 2
 ) -> list[Launch]:
     """What forward, and backward, of one call would launch; its arithmetic is not done."""
-    from kdkernels.backends import triton_kernels
+    from kdkernels.backends import triton_launch
 
     z, v = torch.empty(2, rows, vocab, dtype=DTYPES[dtype]).unbind()
-    given: dict[str, Any] = {"divergence": kd.JSD(0.3) if divergence == "jsd" else divergence}
-    student, teacher, labels = kd.Logits(z), kd.Logits(v), None
-    if options != "plain":
-        labels = torch.zeros(rows, dtype=torch.int64)
+    row = TABLE[divergence]
+    given: dict[str, Any] = {"divergence": CHOICES.get(divergence, divergence)}
+    student: Any = kd.Logits(z)
+    teacher: Any = kd.Logits(v)
+    labels = None
+    if options != "plain" or row.target:
+        labels = torch.zeros(z.shape if row.binary else (rows,), dtype=z.dtype if row.binary else torch.int64)
+    if options in ("hard", "everything"):
         given |= {"hard_weight": 0.1, "temperature": 2.0}
+    elif options != "plain":
+        given |= {"hard_weight": 0.0}
     if options == "everything":
         student, teacher = replace(student, scale=0.5, softcap=30.0), replace(teacher, softcap=20.0)
         given |= {"mask": torch.ones(rows, dtype=torch.bool), "token_weights": torch.ones(rows)}
+    if options == "noise":
+        given["student_noise"] = kd.LogitNoise(0.1, "multiplicative", probability=0.5, seed=0)
+        given["teacher_noise"] = kd.LogitNoise(0.1, seed=0)
+    if options == "mixture":
+        teacher = kd.Mixture([v] * TEACHERS, torch.ones(rows, TEACHERS))
     keep = what_to_keep(z.dtype)
     call = checked_call(student, teacher, labels, complete(given), stats=options == "everything")
     with recorded(TARGETS[target][2]) as launches:
-        _, _, kept = triton_kernels.forward(call, keep)
+        _, _, kept = triton_launch.forward(call, keep)
         upstream = torch.ones(())
         if keep == "state":
-            triton_kernels.gradient(upstream, call, kept)
+            triton_launch.gradient(upstream, call, kept)
         else:
-            triton_kernels.scale(kept, upstream, in_place=True)
+            triton_launch.scale(kept, upstream, in_place=True)
     return launches
 
 
-def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+def specialised(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[tuple[int, ...], Any]]:
     """Types, constants and attributes of a launch, as Triton's own launcher finds them."""
     given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     given |= {k: x for k, x in launch.options.items() if k in launch.kernel.arg_names}
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, place: tuple[int, ...], annotation: str | None = None) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(x, (*place, k)) for k, x in enumerate(value))
+        if isinstance(value, Tensor):
+            if value.data_ptr() % 16 == 0:
+                attributes[place] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return annotation or "fp32"
+        # Those of a tuple are specialised, whatever the kernel says.
+        assert len(place) == 1 or (value != 1 and value % 16), value
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
     for i, parameter in enumerate(launch.kernel.params):
         value = given[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = parameter.annotation_type or "fp32"
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[parameter.name] = kind(value, (i,), parameter.annotation_type)
     return signature, constants, attributes
 
 
@@ -186,15 +212,26 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
     }
 
 
+def has_mixtures(divergence: str) -> bool:
+    """Whether it compares probabilities, of which there is a mean."""
+    return TABLE[divergence].normaliser == "softmax" or TABLE[divergence].binary
+
+
 def instantiations(
-    target: str, dtypes: Sequence[str], option_sets: Sequence[str], vocabularies: Sequence[int]
+    target: str,
+    divergences: Sequence[str],
+    dtypes: Sequence[str],
+    option_sets: Sequence[str],
+    vocabularies: Sequence[int],
 ) -> dict[str, tuple[list[dict[str, Any]], Launch]]:
-    """The different builds behind every divergence, dtype, vocabulary and set of options."""
+    """The different builds behind each divergence, dtype, vocabulary and set of options."""
     found: dict[str, tuple[list[dict[str, Any]], Launch]] = {}
-    for divergence in TABLE:
+    for divergence in divergences:
         for dtype in dtypes:
             for vocab in vocabularies:
                 for options in option_sets:
+                    if options == "mixture" and not has_mixtures(divergence):
+                        continue
                     for launch in launches_of(target, divergence, dtype, vocab, options):
                         warps = launch.options.get("num_warps", 4)
                         key = f"{launch.kernel.fn.__name__} {specialised(launch)} {warps}"
@@ -210,9 +247,10 @@ def instantiations(
 
 NOTES = """\
 plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights,
-softcaps and stats, too. Registers are a thread's; 16-byte accesses are those in its code, loops not
-counted out. A pass over a side is 2 loads there, or 1 with stats; stores are as many, and as many again
-for the zeros of rows that don't count. float16 takes two launches.
+softcaps and stats, too. noise: on every logit of both sides. mixture: three teachers. Registers are a
+thread's; 16-byte accesses are those in its code, loops not counted out. A pass over a side is 2 loads there,
+or 1 with stats; stores are as many, and as many again for the zeros of rows that don't count. float16 takes
+two launches.
 """
 STATE = 2  # of the modes of the row kernel
 MODES = {None: "", 0: "loss", 1: "loss + gradient", 2: "loss + state", 3: "gradient of state"}
@@ -242,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Builds everything for the targets; prints a table, or a JSON line for each build."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks builds", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--divergences", nargs="+", choices=TABLE, default=list(TABLE))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16", "fp32"])
     parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
@@ -250,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     builds: list[dict[str, Any]] = []
     for target in chosen.targets:
         for cases, launch in instantiations(
-            target, chosen.dtypes, chosen.options, chosen.vocabularies
+            target, chosen.divergences, chosen.dtypes, chosen.options, chosen.vocabularies
         ).values():
             case = {
                 **cases[0],
@@ -277,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = f"{title}: `{document['command']}`.\n\n{NOTES}\n{markdown_table(head, rows, left=5)}\n"
         (RESULTS / "triton-builds.md").write_text(text)
         print(f"written: {RESULTS / 'triton-builds.json'} and the table beside it")
-    return 1 if any(found["spills"] for found in builds) else 0
+    return 1 if any(found["spills"] > TOLERATED_SPILLS for found in builds) else 0
 
 
 if __name__ == "__main__":

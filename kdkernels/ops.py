@@ -19,7 +19,7 @@ from . import registry
 from .autograd import KDFunction, what_to_keep
 from .noise import Noise
 from .reference import check_labels, compute_dtype
-from .spec import STATE_ROWS, STATS, Call, LossSpec
+from .spec import STATS, Call, LossSpec, state_rows
 
 _ARGUMENTS = (
     "Tensor student, Tensor[] teachers, Tensor? mixture, Tensor? labels, Tensor? mask, "
@@ -131,7 +131,9 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     if kept is None:
         # Of a backend that computes everything again; the graph was promised a shape.
         rows = student.shape[:-1].numel()
-        kept = loss.new_zeros((STATE_ROWS, rows) if keep == "state" else (0,))
+        kept = loss.new_zeros(
+            (state_rows(len(call.teachers), call.mixture), rows) if keep == "state" else (0,)
+        )
     return loss, loss.new_empty(0) if figures is None else figures, kept
 
 
@@ -146,7 +148,8 @@ def _forward_shapes(
     if keep == "gradient":
         kept = student.new_empty(student.shape)
     else:
-        kept = loss.new_empty((STATE_ROWS, math.prod(leading)) if keep == "state" else (0,))
+        numbers = state_rows(len(teachers), mixture)
+        kept = loss.new_empty((numbers, math.prod(leading)) if keep == "state" else (0,))
     return loss, loss.new_empty(STATS if stats else 0), kept
 
 

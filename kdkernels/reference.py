@@ -53,7 +53,7 @@ def _kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
     v = each[0] if mixture is None else T * mixed([x / T for x in each], mixture.to(R), rows, spec.row)
 
     zero = z.new_zeros(z.shape[:-1])
-    target, labelled = _targets(call, rows) if labels is not None else (None, zero.bool())
+    target, labelled = targets(call, rows) if labels is not None else (None, zero.bool())
     soft = soft_term(z, v, target, spec) if spec.soft_weight != 0 or spec.stats else zero
     hard = (
         hard_term(z, target, labelled, spec.row)
@@ -116,7 +116,7 @@ def mixed(sides: list[Tensor], weights: Tensor, rows: Tensor, divergence: Diverg
     return mean([torch.log_softmax(u, -1) for u in each])
 
 
-def _targets(call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
+def targets(call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Labels as terms use them, 0 where there is none, and which rows have one."""
     labels, spec, classes = call.labels, call.spec, call.classes
     assert labels is not None

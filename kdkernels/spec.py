@@ -15,9 +15,14 @@ from .sources import PostProcessing
 
 REDUCTIONS = ("mean", "sum", "none")
 STATS = 7  # figures of `KDStats`
-# Numbers a row that a backend may keep for backward instead of a gradient: references and log-sum-exps of z
-# and v over T, log-sum-exp of z at T = 1, the sum of g.
-STATE_ROWS = 6
+# Numbers a row that a backend may keep for backward instead of a gradient: what is taken off z and v over T,
+# in two steps each, and off z at T = 1; the sum of g, and the g of a target.
+STATE_ROWS = 8
+
+
+def state_rows(teachers: int, mixture: Tensor | None) -> int:
+    """The same of a call: two more for each teacher of a mixture, its log-sum-exp in two parts."""
+    return STATE_ROWS + (0 if mixture is None else 2 * teachers)
 
 
 # Compared by identity, which is cheap as a key: `make_spec` gives the same record for the same options.

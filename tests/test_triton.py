@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import kdkernels as kd
 from benchmarks import builds
+from kdkernels import noise
 from kdkernels.autograd import what_to_keep
-from kdkernels.divergences import TABLE
+from kdkernels.divergences import DEFAULTS, TABLE, resolve
 from kdkernels.functional import checked_call, complete
 
 needs_triton = pytest.mark.skipif(
@@ -38,13 +39,16 @@ def test_closed_forms_are_the_sums_of_the_table(name: str) -> None:
     y, u = (3 * torch.randn(7, 50, dtype=torch.float64) for _ in range(2))
     lq, lp = y.log_softmax(-1), u.log_softmax(-1)
     divergence = TABLE[name]
+    params = resolve(name)[1]
     c = divergence.closed
     assert c is not None
     own, other, weights = (u, y, lp.exp()) if c.teacher_weighs else (y, u, lq.exp())
+    times = 1.0 if c.times is None else params[c.times]
     D = (weights * (c.a * own + c.b * other)).sum(-1) - c.a * own.logsumexp(-1) - c.b * other.logsumexp(-1)
-    torch.testing.assert_close(D, divergence.phi(lq, lp).sum(-1), rtol=1e-12, atol=1e-13)
+    D = times * D
+    torch.testing.assert_close(D, divergence.phi(lq, lp, *params).sum(-1), rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(
-        c.sum_g + c.sum_g_per_d * D, divergence.g(lq, lp).sum(-1), rtol=1e-12, atol=1e-13
+        times * c.sum_g + c.sum_g_per_d * D, divergence.g(lq, lp, *params).sum(-1), rtol=1e-12, atol=1e-13
     )
 
 
@@ -54,17 +58,22 @@ def test_closed_forms_are_the_sums_of_the_table(name: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("target", builds.TARGETS)
 def test_builds_for_gpus_that_are_not_here(target: str) -> None:
-    """Nothing spills, and rows are read and written 16 bytes a thread, whatever is asked for."""
-    found = built("--targets", target)
+    """Nothing spills that matters, and rows are read and written 16 bytes a thread, whatever is asked for."""
+    options = ("plain", "hard", "everything")
+    found = built("--targets", target, "--options", *options, "--dtypes", "bf16")
+    found += built(
+        "--targets", target, "--options", *options, "--dtypes", "fp16", "fp32", "--divergences", *CHEAPEST
+    )
     rows = [b for b in found if b["kernel"] == "row_kernel"]
     for name in TABLE:
-        for options in builds.OPTIONS:
+        dtypes = {"bf16", "fp16", "fp32"} if name in CHEAPEST else {"bf16"}
+        for option in options:
             for vocab in builds.VOCABULARIES:
-                here = [b for b in rows if b["divergence"] == name and options in b["options"]]
-                assert {b["dtype"] for b in here if vocab in b["vocab"]} == {"bf16", "fp16", "fp32"}
+                here = [b for b in rows if b["divergence"] == name and option in b["options"]]
+                assert {b["dtype"] for b in here if vocab in b["vocab"]} == dtypes
     assert {b["kernel"] for b in found} == {"row_kernel", "scale_kernel", "total_kernel"}
     for b in found:
-        assert b["spills"] == 0, b
+        assert b["spills"] <= spills_of(b), b
         assert b["registers"] <= 255 and b["shared"] <= 48 * 1024, b
         if b["kernel"] == "row_kernel":
             loads, stores = wide_accesses(b)
@@ -74,16 +83,52 @@ def test_builds_for_gpus_that_are_not_here(target: str) -> None:
                 assert (b["wide_loads"], b["wide_stores"]) == (loads, stores), b
 
 
+CHEAPEST = ("forward_kl", "jsd")  # a closed form and none
+
+
+def spills_of(b: dict[str, Any]) -> int:
+    """None in the closed forms; what may be given up for one more program on a multiprocessor in others."""
+    row = TABLE.get(b["divergence"])
+    return 0 if row is None or row.closed else builds.TOLERATED_SPILLS
+
+
 def wide_accesses(b: dict[str, Any]) -> tuple[int, int]:
     """The 16-byte accesses in the code where it has no others to a row: those of its passes over memory."""
-    bytes_at_once = b["block"] // (b["lanes"] * b["warps"]) * builds.DTYPES[b["dtype"]].itemsize
-    closed = TABLE[b["divergence"]].closed is not None
-    phases = {1: 2 if closed else 3, builds.STATE: 1 if closed else 2, 3: 1}[b["mode"]]
-    reads = 2 * (1 if b["whole"] else phases)
-    writes = (
-        0 if b["mode"] == builds.STATE else 1 if b["options"] == ["plain"] else 2
-    )  # 0s, where none counts
-    return reads * bytes_at_once // 16, writes * bytes_at_once // 16
+    size = builds.DTYPES[b["dtype"]].itemsize
+    at_once = b["block"] // (b["lanes"] * b["warps"]) * size // 16
+    row, labelled = TABLE[b["divergence"]], b["options"] != ["plain"] or TABLE[b["divergence"]].target
+    if row.normaliser == "softmax":
+        phases = {1: 2 if row.closed else 3, builds.STATE: 1 if row.closed else 2, 3: 1}[b["mode"]]
+        reads = 2 * phases
+    else:
+        # The sums of phi come with the last read. Before it one of both sides for means or for the stats'
+        # softmax, or one of the student's for that of a hard term.
+        both = row.normaliser == "mean" or "everything" in b["options"]
+        first = 0 if row.binary else 2 if both else 1 if "hard" in b["options"] else 0
+        reads = 2 + (first if b["mode"] != 3 else 0)
+    if b["whole"]:
+        reads = 2
+    if row.binary and labelled:
+        reads += 1
+    # 0s, where none counts.
+    zeros = row.binary and b["options"] != ["everything"]
+    writes = 0 if b["mode"] == builds.STATE else 2 if labelled and not zeros else 1
+    return reads * at_once, writes * at_once
+
+
+@needs_triton
+@pytest.mark.parametrize("options", ["noise", "mixture"])
+def test_builds_with_noise_and_mixtures(options: str) -> None:
+    """Nothing spills that matters; with noise, threads exchange no more than sums."""
+    found = built(
+        "--targets", "sm_90", "--options", options, "--dtypes", "bf16", "--vocabularies", "1000", "128256"
+    )
+    rows = [b for b in found if b["kernel"] == "row_kernel"]
+    expected = {name for name in TABLE if options == "noise" or builds.has_mixtures(name)}
+    assert {b["divergence"] for b in rows} == expected
+    for b in rows:
+        assert b["spills"] <= spills_of(b), b
+        assert b["shared"] <= 256 and b["registers"] <= 168, b
 
 
 @needs_triton
@@ -98,11 +143,22 @@ def test_float64_builds() -> None:
 @needs_triton
 def test_rows_that_begin_anywhere() -> None:
     """GPT-2's 50,257 classes: narrow accesses, no spill, and room for two programs a multiprocessor."""
-    found = built("--targets", "sm_90", "--dtypes", "bf16", "--vocabularies", "50257")
+    found = built(
+        "--targets",
+        "sm_90",
+        "--dtypes",
+        "bf16",
+        "--vocabularies",
+        "50257",
+        "--options",
+        "plain",
+        "hard",
+        "everything",
+    )
     rows = [b for b in found if b["kernel"] == "row_kernel"]
     assert {b["divergence"] for b in rows} == set(TABLE)
     for b in rows:
-        assert b["wide_loads"] == 0 and b["spills"] == 0 and b["registers"] <= 128, b
+        assert b["wide_loads"] == 0 and b["spills"] <= spills_of(b) and b["registers"] <= 184, b
 
 
 def built(*options: str) -> list[dict[str, Any]]:
@@ -123,11 +179,12 @@ def test_builds_do_not_depend_on_the_batch() -> None:
     code = """
 from benchmarks import builds
 
-def keys(rows):
-    launches = builds.launches_of("sm_90", "jsd", "bf16", 32_000, "everything", rows)
+def keys(rows, options):
+    launches = builds.launches_of("sm_90", "jsd", "bf16", 32_000, options, rows)
     return [repr(builds.specialised(launch)) for launch in launches]
 
-assert keys(1) == keys(7) == keys(4096) and len(keys(2)) == 3
+for options in ("everything", "noise", "mixture"):
+    assert keys(1, options) == keys(7, options) == keys(4096, options) and len(keys(2, options)) == 3
 unspecialised = builds.launches_of("sm_90", "jsd", "bf16", 32_000, "everything")[0].kernel.do_not_specialize
 assert {"rows", "n1", "n2", "z_stride0", "classes", "width"} <= set(unspecialised)
 """
@@ -137,10 +194,13 @@ assert {"rows", "n1", "n2", "z_stride0", "classes", "width"} <= set(unspecialise
 
 # Passes over memory
 
-READS = {  # of both sides together, as the table of floors counts them
-    "loss": {"closed": 2, "open": 4},
-    "gradient": {"closed": 4, "open": 6},
-}
+
+def reads_of(name: str, mode: str) -> int:
+    """Reads of both sides together, as the table of floors counts them, by a program that streams."""
+    row = TABLE[name]
+    if row.normaliser != "softmax":
+        return {"none": 2, "mean": 4}[row.normaliser]
+    return {"loss": 2, "gradient": 4}[mode] + (0 if row.closed else 2)
 
 
 @needs_interpreter
@@ -150,27 +210,67 @@ READS = {  # of both sides together, as the table of floors counts them
 def test_passes_over_memory(
     monkeypatch: pytest.MonkeyPatch, name: str, vocab: int, dtype: torch.dtype
 ) -> None:
-    """Streaming: 2 reads for the loss of a KL, 4 + 1 write with its gradient, 2 more of either for JSD. Rows
-    that fit are read once. With float16, whose gradient comes later, 2 + 1 more."""
+    """Streaming: 2 reads for the loss of a KL, 4 + 1 write with its gradient, 2 more of either for JSD; 2 + 1
+    for logits as they are, 2 more for centred ones. Rows that fit are read once. With float16, whose gradient
+    comes later, 2 + 1 more."""
     rows = 3
     z, v = (torch.randn(rows, vocab).to(dtype) for _ in range(2))
     counter = Counter(monkeypatch, z, v)
-    stays, kind = vocab <= 4096, "open" if TABLE[name].closed is None else "closed"
+    stays = vocab <= 4096
+    labels = torch.randint(vocab, (rows,)) if TABLE[name].target else None
+    at_labels = 2 * rows if TABLE[name].target else 0  # the logits of the targets
 
     def passes() -> tuple[float, float]:
-        reads, writes = (x / (rows * vocab) for x in counter.take())
-        return reads, writes
+        reads, writes = counter.take()
+        return (reads - at_labels) / (rows * vocab), writes / (rows * vocab)
 
-    kd.kd_loss(z, v, divergence=name, backend="triton")
-    assert passes() == (2 if stays else READS["loss"][kind], 0)
+    choice = CHOICES.get(name, name)
+    kd.kd_loss(z, v, labels, divergence=choice, backend="triton")
+    assert passes() == (2 if stays else reads_of(name, "loss"), 0)
     z.requires_grad_()
-    loss = kd.kd_loss(z, v, divergence=name, backend="triton")
+    loss = kd.kd_loss(z, v, labels, divergence=choice, backend="triton")
     if dtype == torch.float16:
-        assert passes() == (2 if stays else READS["loss"][kind], 0)
+        assert passes() == (2 if stays else reads_of(name, "loss"), 0)
         loss.backward()
+        at_labels = 0
         assert passes() == (2, 1)
     else:
-        assert passes() == (2 if stays else READS["gradient"][kind], 1)
+        assert passes() == (2 if stays else reads_of(name, "gradient"), 1)
+
+
+CHOICES = builds.CHOICES | {name: choice for name, choice in DEFAULTS.items() if name != "jsd"}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("vocab", [1000, 9000])
+def test_passes_with_noise(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    """Drawn again where logits are looked at, and not stored."""
+    z, v = torch.randn(2, vocab, requires_grad=True), torch.randn(2, vocab)
+    counter = Counter(monkeypatch, z, v)
+    noises = {side: kd.LogitNoise(0.1, seed=1) for side in ("student_noise", "teacher_noise")}
+    kd.kd_loss(z, v, backend="triton", **noises)
+    assert counter.take() == ((2 if vocab == 1000 else 4) * z.numel(), z.numel())
+
+
+@needs_interpreter
+@pytest.mark.parametrize("vocab", [1000, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_passes_with_a_mixture(monkeypatch: pytest.MonkeyPatch, vocab: int, dtype: torch.dtype) -> None:
+    """One more read of each teacher, but for those without a share of a row, which are not read there;
+    backward finds their normalisers in the state."""
+    z, *teachers = (torch.randn(2, vocab).to(dtype) for _ in range(4))
+    weights = torch.tensor([[0.2, 0.3, 0.5], [0.0, 0.4, 0.6]])
+    counter = Counter(monkeypatch, z, *teachers)
+    z.requires_grad_()
+    loss = kd.kd_loss(z, kd.Mixture(teachers, weights), backend="triton")
+    recomputed, whole = dtype == torch.float16, vocab == 1000
+    looks = 1 if whole else (2 if recomputed else 3)  # at the five rows of teachers that have a share
+    students = 1 if whole or recomputed else 2
+    assert counter.take() == ((5 * looks + 2 * students) * vocab, 0 if recomputed else 2 * vocab)
+    loss.backward()
+    if recomputed:
+        # Rows that stay on chip look at their teachers' once, too.
+        assert counter.take() == (7 * vocab, 2 * vocab)
 
 
 @needs_interpreter
@@ -220,35 +320,124 @@ class Counter:
         return counted
 
 
+# Noise
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    from kdkernels.backends import triton_noise
+
+    @triton.jit
+    def draw(seed_ptr, words_ptr, normals_ptr, row, start, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+        """Words as [4, BLOCK / 4], normals in the order of classes."""
+        seed = tl.load(seed_ptr)
+        lane = tl.arange(0, BLOCK // 4)
+        row = tl.zeros([], tl.int64) + row
+        words = triton_noise.words(seed, row, start // 4 + lane, STREAM)
+        for k in tl.static_range(4):
+            tl.store(words_ptr + k * (BLOCK // 4) + lane, words[k].to(tl.int64))
+        one = tl.full((), 1.0, normals_ptr.dtype.element_ty)
+        drawn = triton_noise.sample(
+            one, one, seed, row, start, STREAM, triton_noise.ADDITIVE, False, one.dtype, BLOCK
+        )
+        tl.store(normals_ptr + tl.arange(0, BLOCK), drawn)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("block", [4, 32, 1024])
+@pytest.mark.parametrize("seed", [0, -1, 1 << 62, -(1 << 63)])
+@pytest.mark.parametrize("row", [0, (1 << 40) + 3, (1 << 53) - 1])
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-14), (torch.float32, 5e-6)])
+def test_the_words_and_normals_of_the_noise(
+    block: int, seed: int, row: int, dtype: torch.dtype, close: float
+) -> None:
+    """Word by word those of `noise.words`, in the order of classes; normals but for rounding."""
+    stream, start = 2, 8
+    key, rows = torch.tensor(seed), torch.tensor([row])
+    words, normals = torch.empty(4, block // 4, dtype=torch.int64), torch.empty(block, dtype=dtype)
+    draw[(1,)](key, words, normals, row, start, STREAM=stream, BLOCK=block)
+    groups = torch.arange(start // 4, (start + block) // 4)
+    assert torch.equal(words, torch.stack(noise.words(key, rows, groups, stream))[:, 0])
+    exact = noise.normals(key, rows, start + block, stream, torch.float64)[0, start:]
+    torch.testing.assert_close(normals.double(), exact, rtol=close, atol=close)
+
+
+@needs_interpreter
+def test_philox_has_its_published_words() -> None:
+    """The first known answer of Random123: counter and key 0."""
+    words = torch.empty(4, 1, dtype=torch.int64)
+    draw[(1,)](torch.tensor(0), words, torch.empty(4), 0, 0, STREAM=0, BLOCK=4)
+    assert words.flatten().tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
 # The host
+
+
+def opaque(name: str) -> Any:
+    """A function whose source nobody has."""
+    made: dict[str, Any] = {}
+    exec(f"def {name}(lq, lp):\n    return lq * lp", made)
+    return made[name]
+
+
+@needs_triton
+def test_a_registered_divergence_needs_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can't be compiled is refused with the reason, and what the reference does otherwise is done."""
+    from kdkernels.backends.triton_ import BACKEND
+    from kdkernels.divergences import Divergence, g_forward_kl, phi_forward_kl
+
+    monkeypatch.setitem(TABLE, "mine", Divergence("mine", phi_forward_kl, g_forward_kl))
+    monkeypatch.setitem(TABLE, "opaque", Divergence("opaque", phi_forward_kl, opaque("g")))
+    monkeypatch.setitem(TABLE, "wide", Divergence("wide", phi_forward_kl, g_forward_kl, tuple("abcde")))
+    assert BACKEND.knows("mine") is None and all(BACKEND.knows(name) is None for name in DEFAULTS)
+    assert "from the source, and g of" in str(BACKEND.knows("opaque"))
+    assert "up to 4 parameters, this one has 5" in str(BACKEND.knows("wide"))
+
+
+@needs_interpreter
+def test_a_registered_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs as a built-in one does, without its closed form."""
+    from kdkernels.divergences import Divergence, g_forward_kl, phi_forward_kl
+
+    monkeypatch.setitem(TABLE, "mine", Divergence("mine", phi_forward_kl, g_forward_kl))
+    z, v = torch.randn(2, 3, 50).unbind()
+    z.requires_grad_()
+    ours, theirs = (kd.kd_loss(z, v, divergence=name, backend="triton") for name in ("mine", "forward_kl"))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (ours, theirs)))
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_nothing_waits_for_the_device(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_nothing_waits_for_the_device(dtype: torch.dtype, mixed: bool) -> None:
     """On tensors that are on a GPU and hold no data, so that looking at them is an error; 0 looks."""
     if torch.cuda.is_available():
         pytest.skip("set_sync_debug_mode says it of a real device, in test_functional.py")
-    from kdkernels.backends import triton_kernels
+    from kdkernels.backends import triton_launch
 
     with FakeTensorMode(), torch.no_grad():
         z, v = (torch.randn(4, 10, device="cuda", dtype=dtype) for _ in range(2))
         options = {
             "hard_weight": 0.5, "mask": torch.rand(4, device="cuda") > 0.5,
             "token_weights": torch.rand(4, device="cuda"), "num_items": torch.rand((), device="cuda"),
+            "student_noise": kd.LogitNoise(0.1, probability=0.5), "teacher_noise": kd.LogitNoise(0.1, seed=3),
         }  # fmt: skip
         labels = torch.randint(10, (4,), device="cuda")
+        if mixed:
+            v = kd.Mixture([v, v.float()], torch.rand(4, 2, device="cuda"))
         with builds.recorded() as launches:
             loss, _ = kd.kd_loss_with_stats(z, v, labels, **options)
             assert loss.device.type == "cuda"
             call = checked_call(z, v, labels, complete(options), stats=True)
             keep = what_to_keep(dtype)
-            loss, _, kept = triton_kernels.forward(call, keep)
+            loss, _, kept = triton_launch.forward(call, keep)
             upstream = torch.ones_like(loss)
             if keep == "state":
-                triton_kernels.gradient(upstream, call, kept)
+                triton_launch.gradient(upstream, call, kept)
             else:
-                triton_kernels.scale(kept, upstream, in_place=True)
+                triton_launch.scale(kept, upstream, in_place=True)
         assert len(launches) == 5
         with pytest.raises(DataDependentOutputException):
             loss.item()  # the test can fail
@@ -279,7 +468,7 @@ def test_launches(given: tuple[str, ...], expected: int) -> None:
     """The rows and their sum; the count of those that count is one more of torch's, or two from labels."""
     if torch.cuda.is_available():
         pytest.skip("counted on tensors without data")
-    from kdkernels.backends import triton_kernels
+    from kdkernels.backends import triton_launch
 
     with FakeTensorMode(), torch.no_grad():
         z, v = (torch.randn(4, 10, device="cuda") for _ in range(2))
@@ -292,7 +481,7 @@ def test_launches(given: tuple[str, ...], expected: int) -> None:
         options |= {name: tensors[name] for name in given if name in tensors}
         call = checked_call(z, v, labels, complete(options), stats="stats" in given)
         with builds.recorded() as launches, DeviceWork() as work:
-            triton_kernels.forward(call, "gradient")
+            triton_launch.forward(call, "gradient")
     assert len(launches) == 2
     assert len(launches) + len(work.launched) == expected, work.launched
 

@@ -1,21 +1,26 @@
 """The Triton backend, for CUDA, ROCm and XPU devices.
 
-The kernels are in `triton_kernels.py`, which is imported with Triton itself, when first needed.
+Launches are in `triton_launch.py` and the kernels in `triton_kernels.py`, which are imported with Triton
+itself, when first needed.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import sys
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..divergences import BUILT_IN, TABLE
 from ..spec import Call
 
+PARAMS = 4  # of a divergence
 DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
 
 
@@ -31,10 +36,10 @@ class TritonBackend:
         return None
 
     @cached_property
-    def _kernels(self) -> Any:
-        from . import triton_kernels
+    def _launch(self) -> Any:
+        from . import triton_launch
 
-        return triton_kernels
+        return triton_launch
 
     def available(self, device: torch.device) -> str | None:
         """None on a GPU where Triton is installed, else why not."""
@@ -43,31 +48,41 @@ class TritonBackend:
         return self._missing
 
     def knows(self, divergence: str) -> str | None:
-        """None: whatever the table of divergences has."""
-        return None
+        """None, or why a registered one can't be compiled."""
+        row = TABLE.get(divergence)
+        if row is None or divergence in BUILT_IN:
+            return None
+        return _uncompilable(row.phi, row.g, len(row.params))
 
     def supports(self, call: Call) -> str | None:
-        """None, or what it doesn't do yet."""
-        spec = call.spec
-        if spec.student_noise or spec.teacher_noise:
-            return "has no noise yet"
-        if call.mixture is not None:
-            return "has no mixtures yet"
-        if spec.row.normaliser != "softmax" or spec.row.target:
-            return f"has no {spec.divergence} yet"
+        """None: all that the reference does."""
         return None
 
     def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss, the stats where the spec asks for them, and what is kept for backward."""
-        return self._kernels.forward(call, keep)
+        return self._launch.forward(call, keep)
 
     def gradient(self, upstream: Tensor, call: Call, state: Tensor | None) -> Tensor:
         """The gradient alone, with the upstream factor applied before the one rounding."""
-        return self._kernels.gradient(upstream, call, state)
+        return self._launch.gradient(upstream, call, state)
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
         """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""
-        return self._kernels.scale(gradient, upstream, in_place)
+        return self._launch.scale(gradient, upstream, in_place)
+
+
+@cache
+def _uncompilable(phi: Callable[..., Any], g: Callable[..., Any], params: int) -> str | None:
+    if params > PARAMS:
+        return f"takes divergences of up to {PARAMS} parameters, this one has {params}"
+    for name, expression in (("phi", phi), ("g", g)):
+        if not inspect.isfunction(expression) or expression.__name__ == "<lambda>" or expression.__closure__:
+            return f"compiles plain functions, and {name} of this divergence is a lambda or a closure"
+        try:
+            inspect.getsource(expression)
+        except (OSError, TypeError):
+            return f"compiles from the source, and {name} of this divergence has none: define it in a file"
+    return None
 
 
 def interpreted() -> bool:

@@ -1,43 +1,45 @@
-"""The Triton kernels: one generic row kernel for NVIDIA, AMD and Intel GPUs, and how a call launches it.
+"""The Triton kernels: one generic row kernel for NVIDIA, AMD and Intel GPUs.
 
 A program takes a row. Phase 1 reads both sides for their normalisers and, where the divergence has a closed
 form, its cross sum; phase 2, for the others, sums phi and g; phase 3 writes the gradient. Of a vocabulary
 that fits in one block the program keeps both rows and reads them once; of a larger one each phase reads them
 again, from the second-level cache as long as the rows in flight fit in it.
+
+Divergences of logits that no softmax normalises have no phase 2: phase 3 sums phi beside the gradient. An
+ensemble of teachers has a phase 0, which finds the normaliser of each; what is then read as the teacher's
+logits are the logs of their mean, made block by block and not stored.
 """
 
 # No `from __future__ import annotations`: Triton reads the kernels' annotations.
-import math
 import types
-from contextlib import AbstractContextManager
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
-import numpy as np
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from .. import tuning
-from ..divergences import TABLE, Closed, Divergence
-from ..layout import common_rows
-from ..reference import check_labels, compute_dtype, counted_rows
-from ..spec import STATE_ROWS, STATS, Call
-from . import triton_math
+from ..divergences import g_binary_cross_entropy, g_binary_kl, phi_binary_cross_entropy, phi_binary_kl
+from ..spec import STATE_ROWS
+from . import triton_math, triton_noise
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NEG_INF = tl.constexpr(float("-inf"))
+INF = tl.constexpr(float("inf"))
+NAN = tl.constexpr(float("nan"))
 # What a launch makes: the loss; the loss and the gradient; the loss and the row's state; from the state, the
 # gradient times the upstream one.
 LOSS, GRADIENT, STATE, SCALED_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# What lq is: log of a softmax, logits over T less their mean, logits over T.
+SOFTMAX, CENTRED, RAW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # No hard term; one at T = 1 that shares the soft term's softmax; one with its own.
 NO_HARD, SHARED_HARD, OWN_HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # What a mean divides by: a number, a tensor, the count of the rows.
 NUMBER, TENSOR, COUNT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-STATE_NUMBERS = tl.constexpr(STATE_ROWS)
+STATE_NUMBERS = tl.constexpr(STATE_ROWS)  # before those of each teacher of a mixture
 FIGURES = tl.constexpr(8)  # a row's loss, soft term, hard term, two entropies, agreement, accuracy, labelled
+NO_NOISE, MULTIPLICATIVE = triton_noise.NO_NOISE, triton_noise.MULTIPLICATIVE
+STUDENT = triton_noise.STUDENT
 
 
 @cache
@@ -49,6 +51,16 @@ def on_device(expression: Any) -> Any:
     function = types.FunctionType(expression.__code__, names, expression.__name__)
     # What these kernels were made for, whatever the environment says by now.
     return InterpretedFunction(function) if INTERPRETED.value else triton.jit(function)
+
+
+PHI_OF_MARGINS, G_OF_MARGINS = on_device(phi_binary_kl), on_device(g_binary_kl)
+PHI_OF_LABELS, G_OF_LABELS = on_device(phi_binary_cross_entropy), on_device(g_binary_cross_entropy)
+
+
+@triton.jit
+def _row(n, n1, n2, stride0, stride1, stride2, ALIGN: tl.constexpr):
+    """Where row n begins."""
+    return (n // n2 // n1 * stride0 + n // n2 % n1 * stride1 + n % n2 * stride2) * ALIGN
 
 
 @triton.jit
@@ -78,13 +90,18 @@ def _read(
 
 
 @triton.jit
-def _capped(x, inside, cap, slope, CAPPED: tl.constexpr):
-    """Capped: cap tanh(slope x) where there is a cap; -inf beyond the row."""
+def _processed(x, inside, cap, slope, eps, CAPPED: tl.constexpr, NOISE: tl.constexpr):
+    """Logits as terms use them: cap tanh(slope x) where there is a cap, noise; -inf beyond the row.
+
+    Without either the scale is left to what comes next, which multiplies anyway.
+    """
     if CAPPED:
         e = tl.exp(-2.0 * tl.abs(x * slope))
         t = (1.0 - e) / (1.0 + e)
         x = tl.where(inside, cap * tl.where(x < 0, -t, t), NEG_INF)
-    return x
+    elif NOISE != NO_NOISE:
+        x *= slope
+    return triton_noise.noised(x, eps, NOISE)
 
 
 @triton.jit
@@ -115,6 +132,12 @@ def _spread(x, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _sums(x, GROUP: tl.constexpr, AXIS: tl.constexpr):
+    """The sum of each group of a block."""
+    return tl.sum(_grouped(x, GROUP, AXIS), AXIS)
+
+
+@triton.jit
 def _reference(maximum):
     """What exponents are relative to: the maximum, or 0 where nothing is finite."""
     return tl.where(maximum == NEG_INF, 0.0, maximum)
@@ -130,6 +153,17 @@ def _moved(maximum, reference):
 def _carried(keep, x):
     """A cross sum so far under its new reference. What no longer weighs anything is gone, infinite or not."""
     return tl.where(keep == 0, 0.0, keep * x)
+
+
+@triton.jit
+def _with_one(maximum, s, weighed, one):
+    """The reference, the sum of e^x and that of e^x x of classes, given those of all but one, and the one."""
+    top = tl.maximum(maximum, one)
+    ref = _reference(top)
+    moved = _moved(maximum, ref)
+    keep = tl.where(s == 0, 0.0, tl.exp(moved))
+    e = tl.exp(one - ref)
+    return ref, s * keep + e, _carried(keep, weighed + s * moved) + tl.where(e == 0, 0.0, e * (one - ref))
 
 
 @triton.jit
@@ -172,6 +206,117 @@ def _best(x, maximum, columns, classes, best, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _first_of(best, maximum, label, x):
+    """The first column of the largest value, given that of all but the label's."""
+    return tl.where(x > maximum, label, tl.where(x == maximum, tl.minimum(best, label), best))
+
+
+@triton.jit
+def _binary_entropy(x):
+    """Entropy of a yes or no of logit x: log(1 + e^-|x|) + |x| / (1 + e^|x|)."""
+    x = tl.abs(x)
+    e = tl.exp(-x)
+    return triton_math.log1p(e) + tl.where(e == 0, 0.0, x * e / (1.0 + e))
+
+
+@triton.jit
+def _span(classes, share):
+    """How many classes of a teacher are read: none without a share."""
+    return tl.where(share == 0, 0, classes)
+
+
+@triton.jit
+def _mixed_in(top, s, x):
+    """The running maximum and sum of exponentials of logs, with one more."""
+    new = tl.maximum(top, x)
+    ref = _reference(new)
+    return new, s * tl.exp(_moved(top, ref)) + tl.exp(x - ref)
+
+
+@triton.jit
+def _teacher(
+    teachers, kept, mean, columns, inside, start, classes, seed, number,
+    M: tl.constexpr, MIXED: tl.constexpr, DONE: tl.constexpr, BINARY: tl.constexpr, ONE: tl.constexpr,
+    UNIT: tl.constexpr, CAPPED: tl.constexpr, NOISE: tl.constexpr, PER_ROW: tl.constexpr,
+    WHOLE: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The teacher's logits over T, of a block or, with ONE, of a class; of a mixture those of its mean.
+
+    What `teachers` holds, and `kept`, have an entry for each teacher, UNIT and CAPPED a bit. DONE says that
+    the mean is there already.
+    """
+    rows, strides, by, caps, slopes, amounts, samples, refs, logs, shares = teachers
+    if DONE:
+        u = mean
+    else:
+        top = NEG_INF
+        s = 0.0
+        not_top = NEG_INF
+        not_s = 0.0
+        for m in tl.static_range(M):
+            wanted = inside
+            if MIXED:
+                # A teacher without a share is not read, and what is not read is -inf.
+                wanted = columns < _span(classes, shares[m])
+            u = _read(rows[m], kept[m], columns, wanted, strides[m], R, (UNIT >> m) & 1, WHOLE, LAST)
+            if ONE:
+                eps = triton_noise.sample_at(
+                    amounts[m], samples[m], seed, number, columns, 2 * m, NOISE, PER_ROW, R
+                )
+            else:
+                eps = triton_noise.sample(
+                    amounts[m], samples[m], seed, number, start, 2 * m, NOISE, PER_ROW, R, BLOCK
+                )
+            u = _processed(u, inside, caps[m], slopes[m], eps, (CAPPED >> m) & 1, NOISE) * by[m]
+            if MIXED:
+                share = tl.log(shares[m])
+                if BINARY:
+                    smaller = triton_math.log1p(tl.exp(-tl.abs(u)))
+                    top, s = _mixed_in(top, s, tl.where(u > 0, 0.0, u) - smaller + share)
+                    not_top, not_s = _mixed_in(not_top, not_s, tl.where(u > 0, -u, 0.0) - smaller + share)
+                else:
+                    top, s = _mixed_in(top, s, u - refs[m] - logs[m] + share)
+        if MIXED:
+            u = _reference(top) + tl.log(s)
+            if BINARY:
+                u -= _reference(not_top) + tl.log(not_s)
+    return u
+
+
+@triton.jit
+def _normaliser(
+    row, kept, classes, end, lane, stride, by, cap, slope, scale, of_row, share, seed, number,
+    STREAM: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, NOISE: tl.constexpr,
+    PER_ROW: tl.constexpr, WHOLE: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Phase 0, of one teacher of a mixture: its log-sum-exp, as a reference and the log relative to it."""
+    groups = tl.zeros([BLOCK // GROUP], R)
+    maximum = groups + NEG_INF
+    s = groups
+    for start in range(0, end, BLOCK):
+        columns = start + lane
+        inside = columns < classes
+        u = _read(row, kept, columns, columns < _span(classes, share), stride, R, UNIT, WHOLE, False)
+        eps = triton_noise.sample(scale, of_row, seed, number, start, STREAM, NOISE, PER_ROW, R, BLOCK)
+        u = _grouped(_processed(u, inside, cap, slope, eps, CAPPED, NOISE), GROUP, AXIS) * by
+        top = tl.maximum(maximum, tl.max(u, AXIS), propagate_nan=tl.PropagateNan.ALL)
+        ref = _reference(top)
+        s = s * tl.exp(_moved(maximum, ref)) + tl.sum(tl.exp(u - _spread(ref, AXIS)), AXIS)
+        maximum = top
+    ref = _reference(tl.max(maximum, 0))
+    s = tl.sum(s * tl.exp(_moved(maximum, ref)), 0)
+    return tl.where(share == 0, 0.0, ref), tl.where(share == 0, 0.0, tl.log(s))
+
+
+@triton.jit
+def _double(parts, at: tl.constexpr):
+    """A float64 number from the three of float32 that it was taken apart into."""
+    x = tl.full((), parts[at], tl.float64) + tl.full((), parts[at + 1], tl.float64)
+    return x + tl.full((), parts[at + 2], tl.float64)
+
+
+@triton.jit
 def _divisor(counted_ptr, given_ptr, number, ITEMS: tl.constexpr, COUNTED: tl.constexpr):
     """What a mean divides by; 1 where no row counts, so that 0 stays 0."""
     items = tl.full((), number, tl.float64)
@@ -185,29 +330,63 @@ def _divisor(counted_ptr, given_ptr, number, ITEMS: tl.constexpr, COUNTED: tl.co
     return items
 
 
+@triton.jit
+def _write_figures(
+    rows_ptr, n, N, weight, soft, hard, t_factor, soft_weight, hard_weight,
+    entropy_z, entropy_v, agrees, correct, labelled, R: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """A row's loss, and the figures that the stats are made of."""
+    # A term of weight 0 is absent, also where it is infinite.
+    loss = tl.full((), 0.0, tl.float64)
+    if soft_weight != 0:
+        loss += soft_weight * t_factor * soft.to(tl.float64)
+    if hard_weight != 0:
+        loss += hard_weight * hard.to(tl.float64)
+    tl.store(rows_ptr + n, (weight * loss).to(R))
+    if STATS:
+        tl.store(rows_ptr + N + n, (t_factor * soft.to(tl.float64)).to(R))
+        tl.store(rows_ptr + 2 * N + n, hard)
+        tl.store(rows_ptr + 3 * N + n, entropy_z)
+        tl.store(rows_ptr + 4 * N + n, entropy_v)
+        tl.store(rows_ptr + 5 * N + n, agrees)
+        tl.store(rows_ptr + 6 * N + n, correct)
+        tl.store(rows_ptr + 7 * N + n, labelled.to(R))
+
+
 # Integers that are compiled in would mean a build for each batch; what is known of them is in ALIGN and UNIT.
+# Those in a tuple are compiled in all the same where they are 1 or a multiple of 16, hence 2 x + 3.
 @triton.jit(
     do_not_specialize=[
-        "rows", "n1", "n2", "classes", "width", "ignore_index", "upstream_stride",
+        "rows", "n1", "n2", "classes", "width", "ignore_index", "upstream_stride", "shares_stride",
         "z_stride0", "z_stride1", "z_stride2", "z_column", "v_stride0", "v_stride1", "v_stride2", "v_column",
+        "y_stride0", "y_stride1", "y_stride2", "y_column", "z_offset", "v_offset",
     ]
 )  # fmt: skip
 def row_kernel(
-    z_ptr, v_ptr, gradient_ptr, rows_ptr, state_ptr,  # [..., V] twice, [N, width], [1 or FIGURES, N], [6, N]
+    z_ptr, v_ptr, gradient_ptr, rows_ptr, state_ptr,  # [..., V] twice, [N, width], [1 or FIGURES, N], [.., N]
     labels_ptr, mask_ptr, weights_ptr, counted_ptr, given_ptr, upstream_ptr,  # [N] thrice, 1 twice, [N] or 1
+    z_seed_ptr, v_seed_ptr, shares_ptr, more_ptrs,  # 1 twice, [M] or [N, M], [..., V] for teachers 1 to M - 1
     rows, n1, n2, classes, width, ignore_index,  # N = n0 n1 n2
-    z_stride0, z_stride1, z_stride2, z_column, v_stride0, v_stride1, v_stride2, v_column, upstream_stride,
+    z_stride0, z_stride1, z_stride2, z_column, v_stride0, v_stride1, v_stride2, v_column,
+    y_stride0, y_stride1, y_stride2, y_column, upstream_stride, shares_stride,  # y: labels of each class
+    more_strides, more_numbers,  # of each teacher more 4, and by, cap and slope as three sums of three
+    z_offset, v_offset,
     cz: "fp64", cv: "fp64", c1: "fp64", T: "fp64",  # logits to exponents: both at T, the student at T = 1
     z_cap: "fp64", z_slope: "fp64", v_cap: "fp64", v_slope: "fp64", z_scale: "fp64",
+    z_sigma: "fp64", z_probability: "fp64", v_sigma: "fp64", v_probability: "fp64",
     t_factor: "fp64", soft_weight: "fp64", hard_weight: "fp64", soft_gain: "fp64", hard_gain: "fp64",
     p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", number: "fp64",
     PHI: tl.constexpr, G: tl.constexpr, PARAMS: tl.constexpr, GUARD: tl.constexpr,
+    NORMALISER: tl.constexpr, TARGET: tl.constexpr, BINARY: tl.constexpr,
     CLOSED: tl.constexpr, TEACHER_WEIGHS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    SUM_G: tl.constexpr, SUM_G_PER_D: tl.constexpr,
-    MODE: tl.constexpr, SOFT: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr,
+    SUM_G: tl.constexpr, SUM_G_PER_D: tl.constexpr, TIMES: tl.constexpr,
+    MODE: tl.constexpr, SOFT: tl.constexpr, WEIGHED: tl.constexpr, HARD: tl.constexpr, STATS: tl.constexpr,
+    Z_NORMS: tl.constexpr, V_NORMS: tl.constexpr,
     MEAN: tl.constexpr, ITEMS: tl.constexpr, COUNTED: tl.constexpr,
     LABELS: tl.constexpr, MASK: tl.constexpr, WEIGHTS: tl.constexpr,
     Z_CAPPED: tl.constexpr, V_CAPPED: tl.constexpr, Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr, M: tl.constexpr, MIXED: tl.constexpr,
+    Z_NOISE: tl.constexpr, Z_PER_ROW: tl.constexpr, V_NOISE: tl.constexpr, V_PER_ROW: tl.constexpr,
     PADDED: tl.constexpr, WHOLE: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
@@ -215,7 +394,8 @@ def row_kernel(
 
     Classes, width and the strides of rows come divided by ALIGN, from which the compiler sees how wide an
     access may be. UNIT says that columns lie side by side, PADDED that width > classes, GUARD that
-    expressions need help where neither side can produce a class; with WHOLE, width <= BLOCK.
+    expressions need help where neither side can produce a class; with WHOLE, width <= BLOCK. NORMS says which
+    sides' softmax something needs, WEIGHED that the soft term is in the loss and not in the stats alone.
     """
     n = tl.program_id(0).to(tl.int64)
     N = rows.to(tl.int64)
@@ -241,53 +421,154 @@ def row_kernel(
                 for k in tl.static_range(1, FIGURES):
                     tl.store(rows_ptr + k * N + n, 0.0)
         if MODE == STATE:
-            for k in tl.static_range(STATE_NUMBERS):
+            for k in tl.static_range(STATE_NUMBERS + 2 * M * MIXED):
                 tl.store(state_ptr + k * N + n, 0.0)
         if MODE == GRADIENT or MODE == SCALED_GRADIENT:
             nothing = tl.zeros([BLOCK], R).to(gradient_ptr.dtype.element_ty)
             for start in range(0, width, BLOCK):
                 tl.store(gradient_ptr + n * width + start + lane, nothing, mask=start + lane < width)
     else:
-        z_row = z_ptr + (n // n2 // n1 * z_stride0 + n // n2 % n1 * z_stride1 + n % n2 * z_stride2) * ALIGN
-        v_row = v_ptr + (n // n2 // n1 * v_stride0 + n // n2 % n1 * v_stride1 + n % n2 * v_stride2) * ALIGN
-        # A loop of one round has no other: then what each phase works on are the same registers.
-        end = classes
-        out_end = width
-        z_kept = 0
-        v_kept = 0
-        if WHOLE:
-            end = BLOCK
-            out_end = BLOCK
-            z_kept = tl.load(_at(z_row, lane, z_column, Z_UNIT), mask=lane < classes, other=NEG_INF)
-            if SOFT:
-                v_kept = tl.load(_at(v_row, lane, v_column, V_UNIT), mask=lane < classes, other=NEG_INF)
+        zero = tl.full((), 0.0, R)
         # Doubles at the interface, so that a float64 call loses nothing.
         by_z = tl.full((), cz, R)
-        by_v = tl.full((), cv, R)
         by_1 = tl.full((), c1, R)
         to_1 = tl.full((), T, R)
         cap_z = tl.full((), z_cap, R)
-        cap_v = tl.full((), v_cap, R)
         slope_z = tl.full((), z_slope, R)
-        slope_v = tl.full((), v_slope, R)
         a0 = tl.full((), p0, R)
         a1 = tl.full((), p1, R)
         a2 = tl.full((), p2, R)
         a3 = tl.full((), p3, R)
 
-        zero = tl.full((), 0.0, R)
+        # The student's row, and its noise.
+        z_row = z_ptr + _row(n, n1, n2, z_stride0, z_stride1, z_stride2, ALIGN)
+        z_number = n + z_offset
+        z_seed = 0
+        z_amount = zero
+        z_sample = zero
+        if Z_NOISE != NO_NOISE:
+            z_seed = tl.load(z_seed_ptr)
+            z_amount = triton_noise.amount(z_sigma, z_probability, z_seed, z_number, STUDENT, R)
+            if Z_PER_ROW:
+                z_sample = triton_noise.sample_of_row(z_amount, z_seed, z_number, STUDENT, R)
+
+        # The teachers' rows and numbers, of each; what there is not stands for itself and isn't looked at.
+        v_rows = (v_ptr + _row(n, n1, n2, v_stride0, v_stride1, v_stride2, ALIGN),)
+        v_columns = (v_column,)
+        by_v = (tl.full((), cv, R),)
+        cap_v = (tl.full((), v_cap, R),)
+        slope_v = (tl.full((), v_slope, R),)
+        for m in tl.static_range(M - 1):
+            at = _row(
+                n, n1, n2, (more_strides[4 * m] - 3) >> 1, (more_strides[4 * m + 1] - 3) >> 1,
+                (more_strides[4 * m + 2] - 3) >> 1, ALIGN,
+            )  # fmt: skip
+            v_rows = v_rows + (more_ptrs[m] + at,)
+            v_columns = v_columns + ((more_strides[4 * m + 3] - 3) >> 1,)
+            by_v = by_v + (_double(more_numbers, 9 * m).to(R),)
+            cap_v = cap_v + (_double(more_numbers, 9 * m + 3).to(R),)
+            slope_v = slope_v + (_double(more_numbers, 9 * m + 6).to(R),)
+        v_number = n + v_offset
+        v_seed = 0
+        v_amounts = by_v
+        v_samples = by_v
+        if V_NOISE != NO_NOISE and SOFT:
+            v_seed = tl.load(v_seed_ptr)
+            for m in tl.static_range(M):
+                amount = triton_noise.amount(v_sigma, v_probability, v_seed, v_number, 2 * m, R)
+                of_row = amount
+                if V_PER_ROW:
+                    of_row = triton_noise.sample_of_row(amount, v_seed, v_number, 2 * m, R)
+                v_amounts = (amount,) if m == 0 else v_amounts + (amount,)
+                v_samples = (of_row,) if m == 0 else v_samples + (of_row,)
+        shares = by_v
+        if MIXED and SOFT:
+            for m in tl.static_range(M):
+                share = tl.load(shares_ptr + n * shares_stride + m).to(R)
+                shares = (share,) if m == 0 else shares + (share,)
+
+        # A loop of one round has no other: then what each phase works on are the same registers.
+        end = classes
+        out_end = width
+        z_kept = 0
+        v_kept = v_rows
+        v_mean = 0
+        if WHOLE:
+            end = BLOCK
+            out_end = BLOCK
+            z_kept = tl.load(_at(z_row, lane, z_column, Z_UNIT), mask=lane < classes, other=NEG_INF)
+            if SOFT:
+                for m in tl.static_range(M):
+                    wanted = lane < (_span(classes, shares[m]) if MIXED else classes)
+                    at = _at(v_rows[m], lane, v_columns[m], (V_UNIT >> m) & 1)
+                    v = tl.load(at, mask=wanted, other=NEG_INF)
+                    v_kept = (v,) if m == 0 else v_kept + (v,)
+
+        refs = by_v
+        logs = by_v
+        if MIXED and SOFT and not BINARY:
+            for m in tl.static_range(M):
+                at = (STATE_NUMBERS + 2 * m) * N + n
+                if MODE == SCALED_GRADIENT:
+                    ref = tl.load(state_ptr + at)
+                    log = tl.load(state_ptr + at + N)
+                else:
+                    ref, log = _normaliser(
+                        v_rows[m], v_kept[m], classes, end, lane, v_columns[m], by_v[m], cap_v[m], slope_v[m],
+                        v_amounts[m], v_samples[m], shares[m], v_seed, v_number, 2 * m,
+                        (V_UNIT >> m) & 1, (V_CAPPED >> m) & 1, V_NOISE, V_PER_ROW, WHOLE,
+                        R, BLOCK, GROUP, AXIS,
+                    )  # fmt: skip
+                if MODE == STATE:
+                    tl.store(state_ptr + at, ref)
+                    tl.store(state_ptr + at + N, log)
+                refs = (ref,) if m == 0 else refs + (ref,)
+                logs = (log,) if m == 0 else logs + (log,)
+        teachers = (v_rows, v_columns, by_v, cap_v, slope_v, v_amounts, v_samples, refs, logs, shares)
+        DONE: tl.constexpr = MIXED and WHOLE
+        if DONE and SOFT:
+            v_mean = _teacher(
+                teachers, v_kept, v_mean, lane, lane < classes, 0, classes, v_seed, v_number,
+                M, MIXED, False, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                WHOLE, False, R, BLOCK,
+            )  # fmt: skip
+
+        # lq = y − shift_z − lse_z, two steps, since one constant for both would lose the logarithm's digits
+        # beside a large reference. lp likewise. At T = 1, log q = z − ref_1 − lse_1.
+        shift_z = zero
+        lse_z = zero
+        shift_v = zero
+        lse_v = zero
+        ref_1 = zero
+        lse_1 = zero
         soft = zero
+        hard = zero
+        sum_g = zero
+        gamma = zero
+        entropy_z = zero
+        entropy_v = zero
+        agrees = zero
+        correct = zero
+        # A label out of range makes its row NaN: looking at it on the host would wait for the device.
+        valid = (label >= 0) & (label < classes)
+        poison = tl.where(labelled & (valid == 0), NAN, 0.0)
+        weight = tl.full((), 1.0, tl.float64)
+        if WEIGHTS:
+            weight = tl.load(weights_ptr + n).to(tl.float64)
+
         if MODE == SCALED_GRADIENT:
-            rz = tl.load(state_ptr + n)
+            shift_z = tl.load(state_ptr + n)
             lse_z = tl.load(state_ptr + N + n)
-            rv = tl.load(state_ptr + 2 * N + n)
+            shift_v = tl.load(state_ptr + 2 * N + n)
             lse_v = tl.load(state_ptr + 3 * N + n)
-            lse_1 = tl.load(state_ptr + 4 * N + n)
-            sum_g = tl.load(state_ptr + 5 * N + n)
+            ref_1 = tl.load(state_ptr + 4 * N + n)
+            lse_1 = tl.load(state_ptr + 5 * N + n)
+            sum_g = tl.load(state_ptr + 6 * N + n)
+            gamma = tl.load(state_ptr + 7 * N + n)
         else:
             # Phase 1, for groups of columns, so that no thread waits for another before the end: maxima m and
             # sums s relative to them, of z and v over T, and of z at T = 1, whose reference is that of z over
-            # T times T; the cross sum.
+            # T times T; the cross sum. Around a target, of all other classes.
             groups = tl.zeros([BLOCK // GROUP], R)
             mz = groups + NEG_INF
             mv = groups + NEG_INF
@@ -300,52 +581,77 @@ def row_kernel(
             xv = groups
             best_z = tl.zeros([BLOCK // GROUP], tl.int32)
             best_v = best_z
-            for start in range(0, end, BLOCK):
-                columns = start + lane
-                inside = columns < classes
-                z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS and CLOSED)
-                z = _grouped(_capped(z, inside, cap_z, slope_z, Z_CAPPED), GROUP, AXIS)
-                y = z * by_z
-                if STATS:
-                    best_z = _best(y, mz, _grouped(columns, GROUP, AXIS), classes, best_z, AXIS)
-                top_z = tl.maximum(mz, tl.max(y, AXIS), propagate_nan=tl.PropagateNan.ALL)
-                ref_z = _reference(top_z)
-                y -= _spread(ref_z, AXIS)
-                ey = tl.exp(y)
-                moved_z = _moved(mz, ref_z)
-                keep_z = tl.exp(moved_z)
-                if SOFT:
-                    u = _read(
-                        v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS and CLOSED
+            # For means: the sums of both sides and the number of classes where both are finite.
+            total_z = groups
+            total_v = groups
+            finite_classes = groups
+            LAST: tl.constexpr = MODE == LOSS and CLOSED and NORMALISER == SOFTMAX
+            CENTRES: tl.constexpr = SOFT and NORMALISER == CENTRED
+            if Z_NORMS or CENTRES:
+                for start in range(0, end, BLOCK):
+                    columns = start + lane
+                    inside = columns < classes
+                    z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, LAST)
+                    eps = triton_noise.sample(
+                        z_amount, z_sample, z_seed, z_number, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
                     )
-                    u = _grouped(_capped(u, inside, cap_v, slope_v, V_CAPPED), GROUP, AXIS) * by_v
-                    if STATS:
-                        best_v = _best(u, mv, _grouped(columns, GROUP, AXIS), classes, best_v, AXIS)
-                    top_v = tl.maximum(mv, tl.max(u, AXIS), propagate_nan=tl.PropagateNan.ALL)
-                    ref_v = _reference(top_v)
-                    u -= _spread(ref_v, AXIS)
-                    eu = tl.exp(u)
-                    moved_v = _moved(mv, ref_v)
-                    keep_v = tl.exp(moved_v)
-                    if CLOSED:
-                        # The sum so far, relative to the new references, and the block's.
-                        if TEACHER_WEIGHS:
-                            so_far = cross + sv * (A * moved_v + B * moved_z)
-                            cross = _carried(keep_v, so_far) + _cross(eu, u, y, A, B, AXIS)
-                        else:
-                            so_far = cross + sz * (A * moved_z + B * moved_v)
-                            cross = _carried(keep_z, so_far) + _cross(ey, y, u, A, B, AXIS)
-                    if STATS:
-                        xv = _carried(keep_v, xv + sv * moved_v) + _cross(eu, u, u, 0.0, 1.0, AXIS)
-                    sv = sv * keep_v + tl.sum(eu, AXIS)
-                    mv = top_v
-                if STATS:
-                    xz = _carried(keep_z, xz + sz * moved_z) + _cross(ey, y, y, 0.0, 1.0, AXIS)
-                sz = sz * keep_z + tl.sum(ey, AXIS)
-                mz = top_z
-                if HARD == OWN_HARD:
-                    at_1 = z * by_1 - _spread(ref_z * to_1, AXIS)
-                    s1 = s1 * tl.exp(moved_z * to_1) + tl.sum(tl.exp(at_1), AXIS)
+                    z = _processed(z, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
+                    if TARGET:
+                        z = tl.where(columns == label, NEG_INF, z)
+                    z = _grouped(z, GROUP, AXIS)
+                    y = z * by_z
+                    if V_NORMS or CENTRES:
+                        u = _teacher(
+                            teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
+                            M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                            WHOLE, LAST, R, BLOCK,
+                        )  # fmt: skip
+                        if TARGET:
+                            u = tl.where(columns == label, NEG_INF, u)
+                        u = _grouped(u, GROUP, AXIS)
+                    if CENTRES:
+                        finite = (tl.abs(y) < INF) & (tl.abs(u) < INF)
+                        total_z += tl.sum(tl.where(finite, y, 0.0), AXIS)
+                        total_v += tl.sum(tl.where(finite, u, 0.0), AXIS)
+                        finite_classes += tl.sum(finite.to(R), AXIS)
+                    if Z_NORMS:
+                        if STATS:
+                            best_z = _best(y, mz, _grouped(columns, GROUP, AXIS), classes, best_z, AXIS)
+                        top_z = tl.maximum(mz, tl.max(y, AXIS), propagate_nan=tl.PropagateNan.ALL)
+                        ref_z = _reference(top_z)
+                        y -= _spread(ref_z, AXIS)
+                        ey = tl.exp(y)
+                        moved_z = _moved(mz, ref_z)
+                        keep_z = tl.exp(moved_z)
+                    if V_NORMS:
+                        if STATS:
+                            best_v = _best(u, mv, _grouped(columns, GROUP, AXIS), classes, best_v, AXIS)
+                        top_v = tl.maximum(mv, tl.max(u, AXIS), propagate_nan=tl.PropagateNan.ALL)
+                        ref_v = _reference(top_v)
+                        u -= _spread(ref_v, AXIS)
+                        eu = tl.exp(u)
+                        moved_v = _moved(mv, ref_v)
+                        keep_v = tl.exp(moved_v)
+                        if CLOSED:
+                            # The sum so far, relative to the new references, and the block's.
+                            if TEACHER_WEIGHS:
+                                so_far = cross + sv * (A * moved_v + B * moved_z)
+                                cross = _carried(keep_v, so_far) + _cross(eu, u, y, A, B, AXIS)
+                            else:
+                                so_far = cross + sz * (A * moved_z + B * moved_v)
+                                cross = _carried(keep_z, so_far) + _cross(ey, y, u, A, B, AXIS)
+                        if STATS:
+                            xv = _carried(keep_v, xv + sv * moved_v) + _cross(eu, u, u, 0.0, 1.0, AXIS)
+                        sv = sv * keep_v + tl.sum(eu, AXIS)
+                        mv = top_v
+                    if Z_NORMS:
+                        if STATS:
+                            xz = _carried(keep_z, xz + sz * moved_z) + _cross(ey, y, y, 0.0, 1.0, AXIS)
+                        sz = sz * keep_z + tl.sum(ey, AXIS)
+                        mz = top_z
+                        if HARD == OWN_HARD:
+                            at_1 = z * by_1 - _spread(ref_z * to_1, AXIS)
+                            s1 = s1 * tl.exp(moved_z * to_1) + tl.sum(tl.exp(at_1), AXIS)
 
             # The groups' sums, relative to the row's maxima.
             top_z = tl.max(mz, 0)
@@ -372,77 +678,144 @@ def row_kernel(
                 s1 = tl.sum(s1 * tl.exp(moved_z * to_1), 0)
             else:
                 s1 = sz
-            lse_z = tl.log(sz)
-            lse_v = tl.log(sv)
-            lse_1 = tl.log(s1)
+            log_z = tl.log(sz)
+            log_v = tl.log(sv)
+            ref_1 = rz * to_1
+
+            if TARGET or (HARD != NO_HARD and not BINARY):
+                at = tl.where(valid, label, 0)
+                z_t = _read(z_row, z_row, at, True, z_column, R, Z_UNIT, False, False)
+                eps_t = triton_noise.sample_at(
+                    z_amount, z_sample, z_seed, z_number, at, STUDENT, Z_NOISE, Z_PER_ROW, R
+                )
+                z_t = _processed(z_t, True, cap_z, slope_z, eps_t, Z_CAPPED, Z_NOISE)
+            if TARGET:
+                u_t = _teacher(
+                    teachers, v_rows, v_mean, at, True, 0, classes, v_seed, v_number,
+                    M, MIXED, False, BINARY, True, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                    False, False, R, BLOCK,
+                )  # fmt: skip
+                y_t = z_t * by_z
+                margin_z = y_t - rz - log_z
+                margin_v = u_t - rv - log_v
+                around = a0 * PHI_OF_MARGINS(margin_z, margin_v)
+                # A counted row needs a label.
+                gamma = a0 * G_OF_MARGINS(margin_z, margin_v) + tl.where(valid & labelled, 0.0, NAN)
+            if HARD != NO_HARD and not BINARY:
+                x_t = z_t * by_1
+                if TARGET:
+                    ref_1, s1, _ = _with_one(tl.where(s1 == 0, NEG_INF, ref_1), s1, zero, x_t)
+                lse_1 = tl.log(s1)
+                hard = tl.where(labelled, lse_1 - (x_t - ref_1) + poison, 0.0)
+            if STATS and Z_NORMS:
+                if TARGET:
+                    best_z = _first_of(best_z, top_z, label, y_t)
+                    best_v = _first_of(best_v, top_v, label, u_t)
+                    _, all_z, xz = _with_one(top_z, sz, xz, y_t)
+                    _, all_v, xv = _with_one(top_v, sv, xv, u_t)
+                    entropy_z = tl.log(all_z) - xz / all_z
+                    entropy_v = tl.log(all_v) - xv / all_v
+                else:
+                    entropy_z = log_z - xz / sz
+                    entropy_v = log_v - xv / sv
+                agrees = (best_z == best_v).to(R)
+                correct = (labelled & (best_z == label)).to(R)
+
+            if SOFT and NORMALISER == CENTRED:
+                divisor = tl.maximum(tl.sum(finite_classes, 0), 1.0)
+                shift_z = tl.sum(total_z, 0) / divisor
+                shift_v = tl.sum(total_v, 0) / divisor
+            elif NORMALISER == SOFTMAX:
+                shift_z = rz
+                shift_v = rv
+                lse_z = log_z
+                lse_v = log_v
+            if TARGET:
+                # Nobody else on a side: the student's logs stay -inf, and where the teacher has nobody, +inf
+                # says so and makes its logs -inf.
+                lse_z = tl.where(sz == 0, 0.0, lse_z)
+                lse_v = tl.where(sv == 0, INF, lse_v)
 
             # Phase 2: D and the sum of g.
-            sum_g = zero
             if SOFT and CLOSED:
                 if TEACHER_WEIGHS:
                     soft = cross / sv - A * lse_v - B * lse_z
                 else:
                     soft = cross / sz - A * lse_z - B * lse_v
                 sum_g += SUM_G
+                if TIMES == 0:
+                    soft *= a0
+                    sum_g *= a0
+                elif TIMES == 1:
+                    soft *= a1
+                    sum_g *= a1
+                elif TIMES == 2:
+                    soft *= a2
+                    sum_g *= a2
+                elif TIMES == 3:
+                    soft *= a3
+                    sum_g *= a3
                 if SUM_G_PER_D != 0:  # 0 times an infinite D isn't 0
                     sum_g += SUM_G_PER_D * soft
-            elif SOFT:
+            elif SOFT and NORMALISER == SOFTMAX:
                 phis = tl.zeros([BLOCK // GROUP], R)
                 gs = phis
                 for start in range(0, end, BLOCK):
                     columns = start + lane
                     inside = columns < classes
                     z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS)
-                    u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, MODE == LOSS)
-                    # Two steps: one constant for both would lose the logarithm's digits beside a large
-                    # reference.
-                    lq = _capped(z, inside, cap_z, slope_z, Z_CAPPED) * by_z - rz - lse_z
-                    lp = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv - lse_v
+                    eps = triton_noise.sample(
+                        z_amount, z_sample, z_seed, z_number, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
+                    )
+                    lq = (
+                        _processed(z, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE) * by_z - shift_z - lse_z
+                    )
+                    u = _teacher(
+                        teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
+                        M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                        WHOLE, MODE == LOSS, R, BLOCK,
+                    )  # fmt: skip
+                    lp = u - shift_v - lse_v
+                    if TARGET:
+                        lq = tl.where(columns == label, NEG_INF, lq)
+                        lp = tl.where(columns == label, NEG_INF, lp)
                     phi = _apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
                     g = _apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
-                    phis += tl.sum(_grouped(phi, GROUP, AXIS), AXIS)
-                    gs += tl.sum(_grouped(g, GROUP, AXIS), AXIS)
+                    phis += _sums(phi, GROUP, AXIS)
+                    gs += _sums(g, GROUP, AXIS)
                 soft = tl.sum(phis, 0)
                 sum_g = tl.sum(gs, 0)
+            if TARGET:
+                nobody = lse_v == INF
+                soft = tl.where(nobody, 0.0, soft) + around + tl.where(valid & labelled, 0.0, NAN)
+                sum_g = tl.where(nobody, 0.0, sum_g) + gamma
             if MODE == STATE:
-                tl.store(state_ptr + n, rz)
+                tl.store(state_ptr + n, shift_z)
                 tl.store(state_ptr + N + n, lse_z)
-                tl.store(state_ptr + 2 * N + n, rv)
+                tl.store(state_ptr + 2 * N + n, shift_v)
                 tl.store(state_ptr + 3 * N + n, lse_v)
-                tl.store(state_ptr + 4 * N + n, lse_1)
-                tl.store(state_ptr + 5 * N + n, sum_g)
+                tl.store(state_ptr + 4 * N + n, ref_1)
+                tl.store(state_ptr + 5 * N + n, lse_1)
+                tl.store(state_ptr + 6 * N + n, sum_g)
+                tl.store(state_ptr + 7 * N + n, gamma)
+            if NORMALISER == SOFTMAX:
+                _write_figures(
+                    rows_ptr, n, N, weight, soft, hard, t_factor, soft_weight, hard_weight,
+                    entropy_z, entropy_v, agrees, correct, labelled, R, STATS,
+                )  # fmt: skip
 
-        # A label out of range makes its row NaN: looking at it on the host would wait for the device.
-        valid = (label >= 0) & (label < classes)
-        poison = tl.where(labelled & (valid == 0), float("nan"), 0.0)
-        weight = tl.full((), 1.0, tl.float64)
-        if WEIGHTS:
-            weight = tl.load(weights_ptr + n).to(tl.float64)
-
-        if MODE != SCALED_GRADIENT:
-            hard = zero
-            if HARD != NO_HARD:
-                x = tl.load(_at(z_row, tl.where(valid, label, 0), z_column, Z_UNIT)).to(R)
-                x = _capped(x, True, cap_z, slope_z, Z_CAPPED)
-                hard = tl.where(labelled, lse_1 - (x * by_1 - rz * to_1) + poison, 0.0)
-            # A term of weight 0 is absent, also where it is infinite.
-            loss = tl.full((), 0.0, tl.float64)
-            if soft_weight != 0:
-                loss += soft_weight * t_factor * soft.to(tl.float64)
-            if hard_weight != 0:
-                loss += hard_weight * hard.to(tl.float64)
-            tl.store(rows_ptr + n, (weight * loss).to(R))
-            if STATS:
-                tl.store(rows_ptr + N + n, (t_factor * soft.to(tl.float64)).to(R))
-                tl.store(rows_ptr + 2 * N + n, hard)
-                tl.store(rows_ptr + 7 * N + n, labelled.to(R))
-                tl.store(rows_ptr + 3 * N + n, lse_z - xz / sz)
-                tl.store(rows_ptr + 4 * N + n, lse_v - xv / sv)
-                tl.store(rows_ptr + 5 * N + n, (best_z == best_v).to(R))
-                tl.store(rows_ptr + 6 * N + n, (labelled & (best_z == label)).to(R))
-
-        # Phase 3.
-        if MODE == GRADIENT or MODE == SCALED_GRADIENT:
+        # Phase 3: the gradient and, where no softmax stands before them, the sums of phi.
+        SUMS: tl.constexpr = NORMALISER != SOFTMAX and MODE != SCALED_GRADIENT
+        WRITES: tl.constexpr = MODE == GRADIENT or MODE == SCALED_GRADIENT
+        if SUMS:
+            phis = tl.zeros([BLOCK // GROUP], R)
+            # Of labels for each class: cross-entropies, and for the stats entropies and counts of classes.
+            hards = phis
+            entropies_z = phis
+            entropies_v = phis
+            agreeing = phis
+            right = phis
+        if WRITES:
             out = gradient_ptr + n * width
             factor = weight
             if MEAN:
@@ -450,26 +823,91 @@ def row_kernel(
             if MODE == SCALED_GRADIENT:
                 factor *= tl.load(upstream_ptr + n * upstream_stride).to(tl.float64)
             on_soft = (factor * soft_gain).to(R)
-            on_hard = tl.where(labelled, factor * hard_gain + poison, 0.0).to(R)
-            for start in range(0, out_end, BLOCK):
+            on_hard = (factor * hard_gain).to(R)
+            if not BINARY:
+                on_hard = tl.where(labelled, on_hard + poison, 0.0).to(R)
+        if WRITES or (SUMS and (SOFT or BINARY)):
+            y_row = labels_ptr
+            if BINARY and HARD != NO_HARD:
+                y_row = labels_ptr + _row(n, n1, n2, y_stride0, y_stride1, y_stride2, ALIGN)
+            for start in range(0, out_end if WRITES else end, BLOCK):
                 columns = start + lane
                 inside = columns < classes
                 raw = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, True)
-                z = _capped(raw, inside, cap_z, slope_z, Z_CAPPED)
+                eps = triton_noise.sample(
+                    z_amount, z_sample, z_seed, z_number, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
+                )
+                z = _processed(raw, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
                 dz = tl.zeros([BLOCK], R)
-                if SOFT:
-                    u = _read(v_row, v_kept, columns, inside, v_column, R, V_UNIT, WHOLE, True)
-                    lq = z * by_z - rz - lse_z
-                    lp = _capped(u, inside, cap_v, slope_v, V_CAPPED) * by_v - rv - lse_v
-                    dz = on_soft * (_apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD) - tl.exp(lq) * sum_g)
-                if HARD != NO_HARD:
-                    dz += on_hard * (tl.exp(z * by_1 - rz * to_1 - lse_1) - (columns == label).to(R))
-                if Z_CAPPED:  # d cap tanh(scale z / cap) / dz
-                    e = tl.exp(-2.0 * tl.abs(raw * slope_z))
-                    dz *= tl.full((), z_scale, R) * (4.0 * e / ((1.0 + e) * (1.0 + e)))
-                if PADDED:  # beyond both softmaxes
-                    dz = tl.where(inside, dz, 0.0)
-                tl.store(out + columns, _rounded(dz, out), mask=columns < width)
+                if WEIGHED or (SOFT and SUMS):
+                    u = _teacher(
+                        teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
+                        M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
+                        WHOLE, True, R, BLOCK,
+                    )  # fmt: skip
+                    lq = z * by_z
+                    lp = u
+                    if NORMALISER != RAW:
+                        lq -= shift_z
+                        lp -= shift_v
+                    if NORMALISER == SOFTMAX:
+                        lq -= lse_z
+                        lp -= lse_v
+                    if TARGET:
+                        lq = tl.where(columns == label, NEG_INF, lq)
+                        lp = tl.where(columns == label, NEG_INF, lp)
+                    if SUMS:
+                        phi = _apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
+                        phis += _sums(phi, GROUP, AXIS)
+                    if WRITES and WEIGHED:
+                        dz = _apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
+                        if TARGET:
+                            dz = tl.where(lse_v == INF, 0.0, dz)
+                        if NORMALISER == SOFTMAX:
+                            dz -= tl.exp(lq) * sum_g
+                        if TARGET:
+                            dz = tl.where(columns == label, gamma, dz)
+                        dz *= on_soft
+                if BINARY and SUMS and STATS:
+                    entropies_z += _sums(_binary_entropy(lq), GROUP, AXIS)
+                    entropies_v += _sums(_binary_entropy(lp), GROUP, AXIS)
+                    agreeing += _sums((inside & ((lq > 0) == (lp > 0))).to(R), GROUP, AXIS)
+                if BINARY and HARD != NO_HARD:
+                    x = z * by_1
+                    y = tl.load(_at(y_row, columns, y_column, Y_UNIT), mask=inside, other=0.0)
+                    if SUMS and STATS:
+                        right += _sums((inside & ((lq > 0) == (y > 0.5))).to(R), GROUP, AXIS)
+                    # What is no probability makes its class NaN, and the loss.
+                    y = tl.where((y >= 0) & (y <= 1), y.to(R), NAN)
+                    if SUMS:
+                        hards += _sums(PHI_OF_LABELS(x, y), GROUP, AXIS)
+                    if WRITES:
+                        dz += on_hard * G_OF_LABELS(x, y)
+                elif HARD != NO_HARD and WRITES:
+                    dz += on_hard * (tl.exp(z * by_1 - ref_1 - lse_1) - (columns == label).to(R))
+                if WRITES:
+                    if Z_NOISE == MULTIPLICATIVE:
+                        dz = tl.where(z == NEG_INF, dz, dz * (1.0 + eps))
+                    if Z_CAPPED:  # d cap tanh(scale z / cap) / dz
+                        e = tl.exp(-2.0 * tl.abs(raw * slope_z))
+                        dz *= tl.full((), z_scale, R) * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+                    if PADDED:  # beyond both softmaxes
+                        dz = tl.where(inside, dz, 0.0)
+                    tl.store(out + columns, _rounded(dz, out), mask=columns < width)
+        if SUMS:
+            soft = tl.sum(phis, 0)
+            if BINARY:
+                hard = tl.sum(hards, 0)
+                labelled = label == ignore_index if HARD != NO_HARD else labelled
+                if STATS:
+                    entropy_z = tl.sum(entropies_z, 0)
+                    entropy_v = tl.sum(entropies_v, 0)
+                    agrees = tl.sum(agreeing, 0) / classes
+                    correct = tl.sum(right, 0) / classes
+            _write_figures(
+                rows_ptr, n, N, weight, soft, hard, t_factor, soft_weight, hard_weight,
+                entropy_z, entropy_v, agrees, correct, labelled, R, STATS,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -528,210 +966,3 @@ def scale_kernel(
             x = tl.load(gradient_ptr + n * width + at, mask=at < width).to(upstream.dtype)
             x = tl.where(x == 0, 0.0, x * upstream)  # rows that don't count stay 0
             tl.store(out_ptr + n * width + at, _rounded(x, out_ptr), mask=at < width)
-
-
-TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-MODES = {"nothing": LOSS.value, "gradient": GRADIENT.value, "state": STATE.value}
-ALIGNMENT = 8  # numbers: 16 bytes of 16-bit ones
-ROWS_AT_ONCE = 4096  # of the one program that adds up the losses
-
-
-class Items(NamedTuple):
-    """What a mean divides by: a number, one value on the device, or where there is neither the count itself.
-
-    Attributes:
-        counted: How many rows count, one integer on the device, or None where all do.
-        given: The caller's denominator where it is on the device.
-        number: The caller's, or the number of rows, where no device has to be asked.
-    """
-
-    counted: Tensor | None
-    given: Tensor | None
-    number: float | None
-
-    @property
-    def arguments(self) -> tuple[Tensor | None, Tensor | None, float]:
-        """What a kernel is given."""
-        return self.counted, self.given, 1.0 if self.number is None else self.number
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What it is compiled for."""
-        kind = TENSOR if self.given is not None else COUNT if self.number is None else NUMBER
-        return {"ITEMS": kind.value, "COUNTED": self.counted is not None}
-
-
-def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, the stats where the spec asks for them, and what is kept for backward."""
-    student, spec = call.student, call.spec
-    leading, rows = student.shape[:-1], student.shape[:-1].numel()
-    R, device = compute_dtype(student, call.teachers), student.device
-    each = spec.reduction == "none"
-    # Without stats the rows' losses are the only figures, and returned as they are, not as a view of more.
-    shape = (FIGURES.value, rows) if spec.stats else leading if each else (rows,)
-    figures = torch.empty(shape, dtype=R, device=device)
-    kept = None
-    if keep == "gradient":
-        kept = torch.empty(student.shape, dtype=student.dtype, device=device)
-    elif keep == "state":
-        kept = torch.empty(STATE_ROWS, rows, dtype=R, device=device)
-    loss = None if each else torch.empty((), dtype=R, device=device)
-    stats = torch.empty(STATS, dtype=R, device=device) if spec.stats else None
-    items = count_items(call)
-    with _launching(student):
-        launch(
-            MODES[keep], call, items, gradient=kept if keep == "gradient" else None, figures=figures,
-            state=kept if keep == "state" else None,
-        )  # fmt: skip
-        if loss is not None or stats is not None:
-            total_kernel[(STATS if spec.stats else 1,)](
-                figures, loss, stats, *items.arguments[:2], rows, items.arguments[2],
-                LOSS_MEAN=spec.reduction == "mean", STATS_MEAN=spec.reduction != "sum", **items.constants,
-                STATS=spec.stats, BLOCK=ROWS_AT_ONCE, num_warps=8,
-            )  # fmt: skip
-    if loss is None:
-        loss = figures[0].reshape(leading).clone() if spec.stats else figures
-    return loss, stats, kept
-
-
-def gradient(upstream: Tensor, call: Call, state: Tensor) -> Tensor:
-    """The gradient alone, from the rows and their state, with the upstream factor before the one rounding."""
-    student = call.student
-    out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    with _launching(student):
-        launch(SCALED_GRADIENT.value, call, count_items(call), gradient=out, state=state, upstream=upstream)
-    return out
-
-
-def scale(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
-    """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""
-    out = gradient if in_place else torch.empty_like(gradient)
-    width = gradient.shape[-1]
-    if gradient.numel():
-        upstream, stride = (upstream, 0) if upstream.dim() == 0 else (upstream.contiguous(), 1)
-        align = math.gcd(ALIGNMENT, width)
-        config = tuning.triton(width, gradient.element_size(), align, lanes=lanes(gradient.device))
-        with _launching(gradient):
-            scale_kernel[(gradient.numel() // width,)](
-                gradient, out, upstream, stride, width // align,
-                IN_PLACE=in_place, BLOCK=config.block, ALIGN=align, num_warps=config.warps,
-            )  # fmt: skip
-    return out
-
-
-def _launching(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device; the interpreter is numpy, which warns of every -inf."""
-    if tensor.device.type == "cpu":
-        return np.errstate(all="ignore")
-    return torch.get_device_module(tensor.device).device(tensor.device)
-
-
-def lanes(device: torch.device) -> int:
-    """Threads of a warp: 64 on some of AMD's GPUs."""
-    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
-
-
-def count_items(call: Call) -> Items:
-    """What a mean divides by, found without waiting for the device."""
-    spec, given = call.spec, call.num_items
-    rows = call.student.shape[:-1].numel()
-    if rows == 0 or (spec.reduction != "mean" and not spec.stats):
-        return Items(None, None, 1.0)
-    counted: Tensor | None = None
-    if call.mask is not None:
-        counted = call.mask.sum()
-    elif call.labels is not None:
-        counted = (call.labels != spec.ignore_index).sum()
-    if isinstance(given, Tensor):
-        if given.device.type != "cpu":
-            return Items(counted, given, None)
-        given = float(given)
-    if given is None and counted is None:
-        given = rows
-    return Items(counted, None, None if given is None else float(given))
-
-
-@lru_cache(maxsize=256)
-def needs_guard(divergence: Divergence, params: tuple[float, ...]) -> bool:
-    """Whether an expression is other than 0 for a class that neither side can produce."""
-    never = torch.full((), -math.inf, device="cpu")
-    return any(expression(never, never, *params).item() != 0 for expression in (divergence.phi, divergence.g))
-
-
-def closed_constants(divergence: Divergence) -> dict[str, bool | float]:
-    """The kernel's constants for a divergence's closed form, or for none."""
-    closed = divergence.closed or Closed(False, 0.0, 0.0, 0.0, 0.0)
-    return {
-        "CLOSED": divergence.closed is not None,
-        "TEACHER_WEIGHS": closed.teacher_weighs,
-        "A": closed.a,
-        "B": closed.b,
-        "SUM_G": closed.sum_g,
-        "SUM_G_PER_D": closed.sum_g_per_d,
-    }
-
-
-def launch(
-    mode: int,
-    call: Call,
-    items: Items,
-    *,
-    gradient: Tensor | None = None,
-    figures: Tensor | None = None,
-    state: Tensor | None = None,
-    upstream: Tensor | None = None,
-) -> None:
-    """One program a row: reads or fills whatever of these the mode is about."""
-    student, teachers, _, labels, mask, token_weights, _, _, _, spec, classes = call
-    rows, width = student.shape[:-1].numel(), student.shape[-1]
-    if rows == 0:
-        return
-    (z, v), shape, (z_strides, v_strides) = common_rows([student, *teachers], 3)
-    teacher_scale, teacher_softcap = spec.teachers[0]
-    none = [0] * (3 - len(shape))
-    divergence = TABLE[spec.divergence]
-    T = spec.temperature
-    # A cap is applied to scaled logits, so that the scale goes inside.
-    z_scale = 1.0 if spec.student_softcap else spec.student_scale
-    v_scale = 1.0 if teacher_softcap else teacher_scale
-    z_cap, v_cap = spec.student_softcap or 1.0, teacher_softcap or 1.0
-    params = (*spec.params, *[0.0] * (4 - len(spec.params)))
-    uses_labels = labels is not None and (spec.hard_weight != 0 or spec.stats)
-    hard = NO_HARD if not uses_labels else SHARED_HARD if T == 1 else OWN_HARD
-    if labels is not None and uses_labels and student.device.type == "cpu":
-        # Elsewhere looking would wait for the device.
-        labelled = counted_rows(call) & (labels != spec.ignore_index)
-        check_labels(torch.where(labelled, labels, 0), classes)
-    counted, given, number = items.arguments
-    R = compute_dtype(student, teachers)
-    itemsize = max(student.element_size(), v.element_size())
-    align = math.gcd(ALIGNMENT, classes, width, *z_strides, *v_strides)
-    units = z.stride(-1) == 1, v.stride(-1) == 1
-    config = tuning.triton(width, itemsize, align if all(units) else 1, spec.stats, lanes(student.device))
-    z_strides, v_strides = ([x // align for x in strides] for strides in (z_strides, v_strides))
-    row_kernel[(rows,)](
-        z, v, gradient, figures, state,
-        None if labels is None else labels.contiguous(),
-        None if mask is None else mask.contiguous().view(torch.uint8),
-        None if token_weights is None else token_weights.detach().contiguous(),
-        counted, given,
-        None if upstream is None else upstream.contiguous(),
-        rows, *[1, 1, 1, *shape][-2:], classes // align, width // align, spec.ignore_index,
-        *none, *z_strides, z.stride(-1), *none, *v_strides, v.stride(-1),
-        0 if upstream is None or upstream.dim() == 0 else 1,
-        z_scale / T, v_scale / T, z_scale, T,
-        z_cap, spec.student_scale / z_cap, v_cap, teacher_scale / v_cap, spec.student_scale,
-        spec.t_factor, spec.soft_weight, spec.hard_weight,
-        spec.soft_weight * spec.t_factor * z_scale / T, spec.hard_weight * z_scale,
-        *params, number,
-        PHI=on_device(divergence.phi), G=on_device(divergence.g), PARAMS=len(spec.params),
-        GUARD=needs_guard(divergence, spec.params), PADDED=classes != width,
-        **closed_constants(divergence),
-        MODE=mode, SOFT=spec.soft_weight != 0 or spec.stats, HARD=hard.value, STATS=spec.stats,
-        MEAN=spec.reduction == "mean", **items.constants,
-        LABELS=labels is not None, MASK=mask is not None, WEIGHTS=token_weights is not None,
-        Z_CAPPED=spec.student_softcap != 0, V_CAPPED=teacher_softcap != 0,
-        Z_UNIT=units[0], V_UNIT=units[1], WHOLE=config.whole,
-        R=TYPES[R], BLOCK=config.block, GROUP=config.group, AXIS=0 if config.strided else 1, ALIGN=align,
-        num_warps=config.warps,
-    )  # fmt: skip
