@@ -93,7 +93,7 @@ def combinations(divergence: str) -> Iterator[Combination]:
 
 def table() -> str:
     """The support table in Markdown."""
-    backends = [b for b in registry.BACKENDS.values() if b.name != "cuda"]
+    backends = [b for b in reversed(registry.BACKENDS.values()) if b.name != "cuda"]
     names = [b.name for b in backends]
     notes: list[str] = []
 
