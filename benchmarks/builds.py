@@ -48,8 +48,8 @@ CHOICES = {"jsd": kd.JSD(0.3), "alpha_beta": kd.AlphaBeta(0.2, 0.7), "centered_l
 # add to a pass, noise on every logit of both sides, and several teachers.
 OPTIONS = ("plain", "hard", "everything", "noise", "mixture")
 TEACHERS = 3
-# Bytes a thread: ptxas gives up that much of a program to have one more of them on a multiprocessor (64 and 80
-# registers of 256 threads are such steps).
+# Bytes a thread: ptxas gives up that much of a program to have one more of them on a multiprocessor (64 and
+# 80 registers of 256 threads are such steps).
 TOLERATED_SPILLS = 32
 
 
@@ -247,9 +247,10 @@ def instantiations(
 
 NOTES = """\
 plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. everything: mask, weights,
-softcaps and stats, too. noise: on every logit of both sides. mixture: three teachers. Registers are a thread's; 16-byte accesses are those in its code, loops not
-counted out. A pass over a side is 2 loads there, or 1 with stats; stores are as many, and as many again
-for the zeros of rows that don't count. float16 takes two launches.
+softcaps and stats, too. noise: on every logit of both sides. mixture: three teachers. Registers are a
+thread's; 16-byte accesses are those in its code, loops not counted out. A pass over a side is 2 loads there,
+or 1 with stats; stores are as many, and as many again for the zeros of rows that don't count. float16 takes
+two launches.
 """
 STATE = 2  # of the modes of the row kernel
 MODES = {None: "", 0: "loss", 1: "loss + gradient", 2: "loss + state", 3: "gradient of state"}
