@@ -70,8 +70,9 @@ def triton(width: int, itemsize: int, align: int, stats: bool = False, lanes: in
     Not measured on a GPU; chosen from what builds for sm_80, sm_90, sm_100 and gfx942 use (`python -m
     benchmarks builds`). 32 bytes a thread and side are two accesses of the widest kind: with 16 classes of
     bfloat16 a thread takes 48 registers in the closed forms and 64 in JSD on sm_90, so that five or four
-    programs of 8 warps share a multiprocessor. 16 bytes where the stats keep more of each class (JSD would
-    spill 8 bytes), and where a warp of 64 lanes reads as much with them.
+    programs of 8 warps share a multiprocessor. 16 bytes where more is kept of each class (`stats`: those, or
+    whatever the launch says is as much; JSD with stats would spill 8 bytes), and where a warp of 64 lanes
+    reads as much with them.
     """
     a_thread = max(1, (16 if stats or lanes == 64 else 32) // itemsize)
     # Narrower blocks would only be more builds.
