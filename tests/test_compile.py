@@ -175,6 +175,8 @@ def test_all_that_a_call_may_have(backend: str, feature: str, dtype: torch.dtype
         words = {"hard_weight": 0.2, "temperature": 2.0, **options}
         return kd.kd_loss(z, teacher, labels, backend=backend, **words)
 
+    if backend == "reference" and dtype == torch.float16:
+        pytest.skip("the reference is traced in one way for every dtype")
     z, v, y = inputs(dtype=dtype)
     teacher, labels, options = FEATURES[feature](v, y)
     skip_unless_it_can(backend, z, teacher, labels, **{"hard_weight": 0.2, **options})

@@ -87,6 +87,8 @@ MIXED = [
     (torch.float16, torch.float32),
     (torch.float64, torch.float32),
     (torch.float32, torch.float64),
+    (torch.bfloat16, torch.float64),
+    (torch.float16, torch.float64),
 ]
 
 

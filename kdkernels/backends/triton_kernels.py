@@ -109,8 +109,9 @@ def _rounded(x, pointer):
     """The values in the type that is pointed to, rounded to nearest."""
     to: tl.constexpr = pointer.dtype.element_ty
     if INTERPRETED and to == tl.bfloat16:
-        # The interpreter truncates; what is rounded already stays as it is.
-        u = x.to(tl.float32).to(tl.int32, bitcast=True)
+        # The interpreter truncates, and of float64 makes something else; what is rounded stays as it is.
+        x = x.to(tl.float32)
+        u = x.to(tl.int32, bitcast=True)
         rounded = ((u + 0x7FFF + ((u >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)
     return x.to(to)
