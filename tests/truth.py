@@ -147,9 +147,12 @@ def soft_term(
     if name == "alpha_beta":
         return alpha_beta(*params, lq, lp, roundings[..., None], eps)
 
+    # An exponential may be 0 below the smallest normal, and what it multiplies is as large as a logarithm.
+    flushed = torch.finfo(torch.float32).smallest_normal * (1 + (lq - lp).abs().nan_to_num(0, 0, 0))
+
     def term(phi: Tensor, dy: Tensor, dy_size: Tensor) -> Term:
         unit = (1 + phi.abs().sum(-1)) * roundings
-        return Term(phi.sum(-1), dy, unit, dy_size * roundings[..., None])
+        return Term(phi.sum(-1), dy, unit, dy_size * roundings[..., None] + flushed / (UNITS * eps))
 
     def tilted(h: Tensor, factor: float, slope_of_h: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         # q (h - <q, h>), and the sizes of what it is a difference of.
@@ -297,10 +300,10 @@ def dkd(a: float, b: float, y: Tensor, u: Tensor, labels: Tensor, y_error: Tenso
     def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Logs of the target's share, of the others', of each other's share among the others; the margin.
         others = x.masked_fill(hot, -torch.inf)
-        all_others, everything = others.logsumexp(-1), x.logsumexp(-1)
+        all_others = others.logsumexp(-1)
         among = torch.where(torch.isneginf(all_others)[..., None], -torch.inf, others - all_others[..., None])
-        top = x.gather(-1, target)[..., 0]
-        return top - everything, all_others - everything, among, top - all_others
+        margin = x.gather(-1, target)[..., 0] - all_others
+        return -softplus(-margin), -softplus(margin), among, margin
 
     (lq_t, lq_n, lq, mu), (lp_t, lp_n, lp, nu) = split(y), split(u)
     q_t, q_n, q, p_t, p_n, p = (x.exp() for x in (lq_t, lq_n, lq, lp_t, lp_n, lp))
@@ -494,7 +497,9 @@ def row_weights(counted: Tensor, o: Options) -> Tensor:
         weight = times(weight, o.token_weights.double())
     if o.reduction != "mean":
         return weight
-    denominator = counted.sum().double() if o.num_items is None else torch.as_tensor(o.num_items).double()
+    denominator = (
+        counted.sum().double() if o.num_items is None else torch.as_tensor(o.num_items, dtype=torch.float64)
+    )
     return weight if not counted.any() else weight / denominator
 
 
