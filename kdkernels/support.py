@@ -44,7 +44,7 @@ class Combination:
     def arguments(self, device: torch.device | str = "cpu") -> tuple[Any, Any, Tensor, dict[str, Any]]:
         """Student, teacher, labels and options of a small call of this kind, the same at every time."""
         generator = torch.Generator().manual_seed(5)
-        rows, vocab = 4, 9
+        rows, vocab = 2, 6
 
         def logits() -> Tensor:
             return (2 * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).to(device)

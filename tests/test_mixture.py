@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from tolerances import DIVERGENCES, DTYPES, RAW, check, our_loss, our_result, skip_unless_it_can
+from tolerances import DIVERGENCES, DTYPES, RAW, check, our_loss, our_result
 from torch import Tensor
 from truth import Options
 
@@ -32,12 +32,6 @@ def logits(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def here(weights: Any) -> Any:
     """On the device of the test."""
     return weights.to(torch.get_default_device()) if isinstance(weights, Tensor) else weights
-
-
-def needs(backend: str) -> None:
-    """Skips what a backend has no mixtures for yet."""
-    z = torch.zeros(1, 3)
-    skip_unless_it_can(backend, z, kd.Mixture([z, z]))
 
 
 def close(ours: Tensor, theirs: Tensor, rtol: float = 1e-12) -> None:
@@ -182,7 +176,6 @@ def test_copies_of_a_teacher_are_that_teacher(backend: str) -> None:
 
 def test_each_teacher_has_its_own_post_processing(backend: str) -> None:
     """A softcapped model beside a scaled one."""
-    needs(backend)
     z, a, b = logits(4, 9), logits(4, 9), logits(4, 9)
     processed = kd.Mixture([kd.Logits(a, softcap=3.0), kd.Logits(b, scale=0.5)], [1.0, 2.0])
     by_hand = kd.Mixture([3.0 * torch.tanh(a / 3.0), 0.5 * b], [1.0, 2.0])
@@ -191,7 +184,6 @@ def test_each_teacher_has_its_own_post_processing(backend: str) -> None:
 
 def test_stats_are_of_the_mixture(backend: str) -> None:
     """Its entropy and its most probable class."""
-    needs(backend)
     z, a, b = logits(5, 9), logits(5, 9), logits(5, 9)
     p = (0.25 * (a / 2).softmax(-1) + 0.75 * (b / 2).softmax(-1)).log()
     _, stats = kd.kd_loss_with_stats(z, kd.Mixture([a, b], [1, 3]), temperature=2.0, backend=backend)
@@ -262,7 +254,6 @@ def test_pinned_memory() -> None:
 
 def test_the_teachers_get_no_gradient(backend: str) -> None:
     """One that requires grad is an error, unless it is ignored."""
-    needs(backend)
     z, a, b = logits(3, 9).requires_grad_(), logits(3, 9), logits(3, 9).requires_grad_()
     with pytest.raises(ValueError, match="teacher requires grad"):
         kd.kd_loss(z, kd.Mixture([a, b]), backend=backend)
@@ -332,7 +323,6 @@ def test_tensors_of_weights_that_do_not_do(backend: str) -> None:
     with pytest.raises(ValueError, match=r"weights.*require grad.*detach"):
         loss(torch.ones(2, requires_grad=True))
     if z.device.type != "cpu":
-        needs(backend)
         rows = torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 0.0]])
         assert loss(rows, reduction="none").isnan().tolist() == [False, True, True]
         return

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import truth as exact
-from tolerances import DIVERGENCES, DTYPES, check, our_loss, our_result, skip_unless_it_can
+from tolerances import DIVERGENCES, DTYPES, check, our_loss, our_result
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from truth import Options
@@ -40,13 +40,6 @@ def logits(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def both(noise: Any, **others: Any) -> Options:
     """Options with this noise on both sides."""
     return Options(student_noise=noise, teacher_noise=noise, **others)
-
-
-def needs(backend: str, o: Options | None = None) -> None:
-    """Skips what a backend has no noise for yet."""
-    o = o or both(ADDITIVE)
-    x = torch.zeros(1, 3)
-    skip_unless_it_can(backend, x, x, student_noise=o.student_noise, teacher_noise=o.teacher_noise)
 
 
 # The generator
@@ -262,7 +255,6 @@ def test_student_noise_reaches_the_hard_term(backend: str) -> None:
 def test_manual_seed_reproduces(backend: str) -> None:
     """Without a seed each call draws one from torch's generator: two calls differ, a run repeats."""
     noise = kd.LogitNoise(0.5)
-    needs(backend)
     z, v = logits(4, 9, dtype=torch.float32), logits(4, 9, dtype=torch.float32)
 
     def run() -> list[float]:
@@ -279,7 +271,6 @@ def test_manual_seed_reproduces(backend: str) -> None:
 def test_each_call_takes_as_much_of_the_generator(backend: str) -> None:
     """Whatever the shape, so that what is drawn after it is the same on any split of the batch."""
     noise = kd.LogitNoise(0.5)
-    needs(backend)
     after = []
     for rows, sides in (
         (1, ("student_noise",)),
@@ -302,7 +293,6 @@ def test_each_call_takes_as_much_of_the_generator(backend: str) -> None:
 def test_checkpointing_gives_the_same_gradient(backend: str) -> None:
     """It puts torch's generator back and runs forward again: the same seed, the same noise."""
     noise = kd.LogitNoise(0.5, "multiplicative")
-    needs(backend)
     z, v = logits(4, 30, dtype=torch.float32).requires_grad_(), logits(4, 30, dtype=torch.float32)
 
     def step(z: Tensor) -> Tensor:
@@ -318,7 +308,6 @@ def test_checkpointing_gives_the_same_gradient(backend: str) -> None:
 
 def test_a_seed_on_the_device(backend: str) -> None:
     """A tensor, updated in place from step to step, is the int that it holds at the call."""
-    needs(backend)
     z, v = logits(4, 30, dtype=torch.float32), logits(4, 30, dtype=torch.float32)
     held = torch.zeros((), dtype=torch.int64)
     live = kd.LogitNoise(0.5, seed=held)
@@ -332,7 +321,6 @@ def test_a_seed_on_the_device(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_backward_twice_draws_the_same(backend: str, dtype: torch.dtype) -> None:
     """What is regenerated in backward is what forward drew."""
-    needs(backend)
     noise = kd.LogitNoise(0.5, "multiplicative")
     z, v = logits(4, 30, dtype=dtype).requires_grad_(), logits(4, 30, dtype=dtype)
     loss = kd.kd_loss(z, v, student_noise=noise, teacher_noise=noise, backend=backend)
@@ -367,7 +355,6 @@ def few(backend: str) -> None:
     """Interpreted kernels take milliseconds a row."""
     if backend == "triton" and not torch.cuda.is_available():
         pytest.skip("too many rows for Triton's interpreter")
-    needs(backend)
 
 
 @pytest.mark.parametrize("kind", ["additive", "multiplicative"])

@@ -17,16 +17,13 @@ from tolerances import (
     DIVERGENCES,
     DTYPES,
     RAW,
-    arguments,
     assert_within_budget,
-    can,
     check,
     computing_dtype,
     fitting,
     keywords,
     our_loss,
     our_result,
-    skip_unless_it_can,
 )
 from torch import Tensor
 from truth import Options, truth
@@ -174,7 +171,6 @@ def test_the_same_bits_for_every_run_and_thread_count(divergence: Any, dtype: to
     plain = [USUAL.but(divergence=divergence, reduction=reduction) for reduction in ("mean", "sum", "none")]
     for usual in (*plain, plain[0].but(student_noise=noise, teacher_noise=noise)):
         y, o = fitting(z, labels, usual)
-        skip_unless_it_can("cpu", *arguments(z, v, y, o), **keywords(o))
         results: list[Any] = []
         try:
             for threads in (1, 2, 1, 3, 2):
@@ -205,9 +201,7 @@ def test_several_python_threads_at_once(backend: str) -> None:
     problems = []
     for i, d in enumerate(DIVERGENCES):
         z, v = logits(rows + i, 300), logits(rows + i, 300)
-        labels, o = fitting(z, None, Options(d, temperature=1.0 + i))
-        if can(backend, z, v, labels, **keywords(o)) is None:
-            problems.append((z, v, o))
+        problems.append((z, v, Options(d, temperature=1.0 + i)))
     alone = [our_result(z, v, None, o, backend) for z, v, o in problems]
     together = threading.Barrier(len(problems))
 

@@ -47,7 +47,7 @@ def test_the_table_was_found() -> None:
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
 def test_snippets_run(names: dict[str, Any], code: str) -> None:
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "<README>", "exec"), names)
     assert names["z"].grad is not None
 
 

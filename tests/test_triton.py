@@ -59,16 +59,16 @@ def test_closed_forms_are_the_sums_of_the_table(name: str) -> None:
 @pytest.mark.parametrize("target", builds.TARGETS)
 def test_builds_for_gpus_that_are_not_here(target: str) -> None:
     """Nothing spills that matters, and rows are read and written 16 bytes a thread, whatever is asked for."""
-    options = ("plain", "hard", "everything")
-    found = built("--targets", target, "--options", *options, "--dtypes", "bf16")
-    found += built(
-        "--targets", target, "--options", *options, "--dtypes", "fp16", "fp32", "--divergences", *CHEAPEST
-    )
+    options = ("plain", "everything")
+    names = TABLE if target == "sm_90" else PATHS
+    chosen = "--targets", target, "--options", *options, "--vocabularies", *map(str, VOCABULARIES)
+    found = built(*chosen, "--dtypes", "bf16", "--divergences", *names)
+    found += built(*chosen, "--dtypes", "fp16", "fp32", "--divergences", *CHEAPEST)
     rows = [b for b in found if b["kernel"] == "row_kernel"]
-    for name in TABLE:
+    for name in names:
         dtypes = {"bf16", "fp16", "fp32"} if name in CHEAPEST else {"bf16"}
         for option in options:
-            for vocab in builds.VOCABULARIES:
+            for vocab in VOCABULARIES:
                 here = [b for b in rows if b["divergence"] == name and option in b["options"]]
                 assert {b["dtype"] for b in here if vocab in b["vocab"]} == dtypes
     assert {b["kernel"] for b in found} == {"row_kernel", "scale_kernel", "total_kernel"}
@@ -84,6 +84,8 @@ def test_builds_for_gpus_that_are_not_here(target: str) -> None:
 
 
 CHEAPEST = ("forward_kl", "jsd")  # a closed form and none
+PATHS = (*CHEAPEST, "dkd", "centered_logit_mse", "binary_kl")  # all that the kernel has
+VOCABULARIES = (1000, 128256)  # one that a block holds, and one that streams
 
 
 def spills_of(b: dict[str, Any]) -> int:
@@ -120,9 +122,7 @@ def wide_accesses(b: dict[str, Any]) -> tuple[int, int]:
 @pytest.mark.parametrize("options", ["noise", "mixture"])
 def test_builds_with_noise_and_mixtures(options: str) -> None:
     """Nothing spills that matters; with noise, threads exchange no more than sums."""
-    found = built(
-        "--targets", "sm_90", "--options", options, "--dtypes", "bf16", "--vocabularies", "1000", "128256"
-    )
+    found = built("--targets", "sm_90", "--options", options, "--dtypes", "bf16", "--vocabularies", "128256")
     rows = [b for b in found if b["kernel"] == "row_kernel"]
     expected = {name for name in TABLE if options == "noise" or builds.has_mixtures(name)}
     assert {b["divergence"] for b in rows} == expected
@@ -134,9 +134,12 @@ def test_builds_with_noise_and_mixtures(options: str) -> None:
 @needs_triton
 def test_float64_builds() -> None:
     """For tests alone, so that spills are allowed; that it builds is not."""
-    found = built("--targets", "sm_90", "gfx942", "--dtypes", "fp64", "--options", "everything")
+    found = built(
+        "--targets", "sm_90", "gfx942", "--dtypes", "fp64", "--options", "everything",
+        "--divergences", *PATHS, "--vocabularies", "128256",
+    )  # fmt: skip
     assert {(b["target"], b["divergence"]) for b in found} >= {
-        (t, d) for t in ("sm_90", "gfx942") for d in TABLE
+        (t, d) for t in ("sm_90", "gfx942") for d in PATHS
     }
 
 
@@ -144,19 +147,11 @@ def test_float64_builds() -> None:
 def test_rows_that_begin_anywhere() -> None:
     """GPT-2's 50,257 classes: narrow accesses, no spill, and room for two programs a multiprocessor."""
     found = built(
-        "--targets",
-        "sm_90",
-        "--dtypes",
-        "bf16",
-        "--vocabularies",
-        "50257",
-        "--options",
-        "plain",
-        "hard",
-        "everything",
-    )
+        "--targets", "sm_90", "--dtypes", "bf16", "--vocabularies", "50257", "--options", "plain", "everything",
+        "--divergences", *PATHS, "alpha_beta",
+    )  # fmt: skip
     rows = [b for b in found if b["kernel"] == "row_kernel"]
-    assert {b["divergence"] for b in rows} == set(TABLE)
+    assert {b["divergence"] for b in rows} == {*PATHS, "alpha_beta"}
     for b in rows:
         assert b["wide_loads"] == 0 and b["spills"] <= spills_of(b) and b["registers"] <= 184, b
 

@@ -14,8 +14,6 @@ from dataclasses import fields
 from math import log, log1p
 from typing import Any
 
-import hypothesis
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,24 +38,6 @@ ALPHA_BETAS = (
     (0.3, 0.3), (-0.4, 0.9), (1.6, -0.5), (-0.3, 0.0), (0.0, -0.3), (-0.2, -0.3), (2.0, -1.0),
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def can(backend: str, student: Any, teacher: Any, labels: Tensor | None = None, **options: Any) -> str | None:
-    """None, or what a backend says that it doesn't do yet; any other reason is for the call to give."""
-    reason = kd.explain(student, teacher, labels, **options).reasons[backend]
-    unfinished = reason is not None and (reason.endswith("yet") or reason.startswith("has no C++"))
-    return reason if unfinished else None
-
-
-def skip_unless_it_can(
-    backend: str, student: Any, teacher: Any, labels: Tensor | None = None, **options: Any
-) -> None:
-    """The one place where a test leaves out what a backend is still to learn."""
-    reason = can(backend, student, teacher, labels, **options)
-    if reason is not None:
-        if hypothesis.currently_in_test_context():
-            hypothesis.reject()
-        pytest.skip(f"{backend} {reason}")
 
 
 def fitting(z: Tensor, labels: Tensor | None, o: Options) -> tuple[Tensor | None, Options]:
@@ -268,7 +248,6 @@ def our_loss(z: Tensor, v: Teacher, labels: Tensor | None, o: Options, backend: 
     """`kd.kd_loss` of these options."""
     labels, o = fitting(z, labels, o)
     given = arguments(z, v, labels, o)
-    skip_unless_it_can(backend, *given, **keywords(o))
     return kd.kd_loss(*given, backend=backend, **keywords(o))
 
 

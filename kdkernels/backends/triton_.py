@@ -6,10 +6,12 @@ itself, when first needed.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Any
@@ -79,8 +81,11 @@ def _uncompilable(phi: Callable[..., Any], g: Callable[..., Any], params: int) -
         if not inspect.isfunction(expression) or expression.__name__ == "<lambda>" or expression.__closure__:
             return f"compiles plain functions, and {name} of this divergence is a lambda or a closure"
         try:
-            inspect.getsource(expression)
-        except (OSError, TypeError):
+            source = ast.parse(textwrap.dedent(inspect.getsource(expression))).body
+        except (OSError, TypeError, SyntaxError):
+            source = []
+        # A file that changed since gives the lines of something else.
+        if not source or getattr(source[0], "name", None) != expression.__name__:
             return f"compiles from the source, and {name} of this divergence has none: define it in a file"
     return None
 

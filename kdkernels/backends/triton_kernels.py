@@ -96,8 +96,8 @@ def _processed(x, inside, cap, slope, eps, CAPPED: tl.constexpr, NOISE: tl.const
     Without either the scale is left to what comes next, which multiplies anyway.
     """
     if CAPPED:
-        e = tl.exp(-2.0 * tl.abs(x * slope))
-        t = (1.0 - e) / (1.0 + e)
+        e = triton_math.expm1(-2.0 * tl.abs(x * slope))
+        t = -e / (2.0 + e)
         x = tl.where(inside, cap * tl.where(x < 0, -t, t), NEG_INF)
     elif NOISE != NO_NOISE:
         x *= slope
