@@ -27,9 +27,12 @@ struct Terms {
   R phi, g;
 };
 
-// What a divergence is unless it says otherwise. It holds up to four parameters and nothing else.
+// What a divergence is unless it says otherwise. It holds up to four parameters and nothing else. Reads and Writes name
+// the one whose first and third phase are the same, so that these are compiled once for all of them.
 template <class R>
 struct Pair {
+  using Reads = Pair;
+  using Writes = Pair;
   static constexpr bool kCross = false, kTeacherWeighs = false, kLogs = true, kTarget = false, kBinary = false;
   static constexpr Normaliser kNormaliser = kSoftmax;
   static constexpr R kA = 0, kB = 0;
@@ -38,6 +41,8 @@ struct Pair {
 // KL(p || q) = <p, u - y> - lse u + lse y; gradient T (q - p).
 template <class R>
 struct ForwardKL : Pair<R> {
+  using Reads = ForwardKL;
+  using Writes = ForwardKL;
   static constexpr bool kCross = true, kTeacherWeighs = true;
   static constexpr R kA = 1, kB = -1;
   R unused[4];
@@ -52,6 +57,8 @@ struct ForwardKL : Pair<R> {
 // H(p, q) = -<p, y> + lse y; the gradient of the forward KL.
 template <class R>
 struct SoftCrossEntropy : Pair<R> {
+  using Reads = SoftCrossEntropy;
+  using Writes = ForwardKL<R>;
   static constexpr bool kCross = true, kTeacherWeighs = true;
   static constexpr R kA = 0, kB = 1;
   R unused[4];
@@ -64,6 +71,8 @@ struct SoftCrossEntropy : Pair<R> {
 // KL(q || p) = <q, y - u> - lse y + lse u; gradient T q (l - <q, l>), l = log(q / p).
 template <class R>
 struct ReverseKL : Pair<R> {
+  using Reads = ReverseKL;
+  using Writes = ReverseKL;
   static constexpr bool kCross = true, kTeacherWeighs = false;
   static constexpr R kA = 1, kB = -1;
   R unused[4];
@@ -249,6 +258,8 @@ struct BinaryKL : Pair<R> {
 // alpha binary_kl(margins of the target) + beta KL(p || q) among the others.
 template <class R>
 struct DKD : Pair<R> {
+  using Reads = ForwardKL<R>;
+  using Writes = DKD;
   static constexpr bool kCross = true, kTeacherWeighs = true, kTarget = true;
   static constexpr R kA = 1, kB = -1;
   R alpha, beta, unused[2];

@@ -121,9 +121,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# Where kernels are interpreted, a millisecond a row and more, tests of any divergence are tests of a path:
-# closed forms of either side, an open one, a target's, one of logits, one of questions. What the others differ
-# in are their expressions, which test_divergences.py and test_support.py run one by one.
+# Where kernels are interpreted, a millisecond a row and more, tests of any divergence are tests of a path
+# (closed forms of either side, an open one, a target's, one of logits, one of questions). Others differ in
+# their expressions, which test_divergences.py and test_support.py run one by one.
 PATHS = ("forward_kl", "reverse_kl", 0.5, kd.DKD(1.0, 8.0), kd.LogitMSE(centered=True), kd.BinaryKL())
 EACH = ("test_divergences.py", "test_support.py", "test_custom.py", "test_triton.py")
 

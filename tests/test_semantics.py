@@ -200,6 +200,14 @@ def test_a_mask_overrides_the_labels(backend: str) -> None:
     close(our_loss(z, v, None, o.but(hard_weight=0.0), backend), soft[[0, 1, 3]].mean())
 
 
+def test_labels_that_only_choose_rows_may_be_anything(backend: str) -> None:
+    """Without a hard term nobody looks a class up, out of the row or not."""
+    z, v = logits(3, 9), logits(3, 9)
+    loss, grad = our_result(z, v, torch.tensor([10**12, -100, -7]), Options(), backend)
+    expected, expected_grad = our_result(z, v, torch.tensor([1, -100, 2]), Options(), backend)
+    assert torch.equal(loss, expected) and torch.equal(grad, expected_grad)
+
+
 @pytest.mark.parametrize("index", [0, -1, 5, 10_000])
 def test_any_ignore_index(backend: str, index: int) -> None:
     """Also one that is a class, and one that isn't."""

@@ -89,9 +89,9 @@ VOCABULARIES = (1000, 128256)  # one that a block holds, and one that streams
 
 
 def spills_of(b: dict[str, Any]) -> int:
-    """None in the closed forms; what may be given up for one more program on a multiprocessor in others."""
+    """None in the KLs; what may be given up for one more program on a multiprocessor in others."""
     row = TABLE.get(b["divergence"])
-    return 0 if row is None or row.closed else builds.TOLERATED_SPILLS
+    return 0 if row is None or (row.closed and not row.target) else builds.TOLERATED_SPILLS
 
 
 def wide_accesses(b: dict[str, Any]) -> tuple[int, int]:
@@ -147,8 +147,8 @@ def test_float64_builds() -> None:
 def test_rows_that_begin_anywhere() -> None:
     """GPT-2's 50,257 classes: narrow accesses, no spill, and room for two programs a multiprocessor."""
     found = built(
-        "--targets", "sm_90", "--dtypes", "bf16", "--vocabularies", "50257", "--options", "plain", "everything",
-        "--divergences", *PATHS, "alpha_beta",
+        "--targets", "sm_90", "--dtypes", "bf16", "--vocabularies", "50257",
+        "--options", "plain", "everything", "--divergences", *PATHS, "alpha_beta",
     )  # fmt: skip
     rows = [b for b in found if b["kernel"] == "row_kernel"]
     assert {b["divergence"] for b in rows} == {*PATHS, "alpha_beta"}

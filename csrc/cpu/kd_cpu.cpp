@@ -130,6 +130,7 @@ struct Job {
   double* rows;        // [rows, kRowFigures or 1]
   int64_t figures;
   bool past_cache, failed;
+  bool uses_labels;  // which then are classes, and not only what chooses rows
   int64_t bad_row;  // the first whose target is no probability, or `rows`
 };
 
@@ -273,7 +274,7 @@ void do_rows(int64_t first, int64_t last, void* context) {
         f.v = plain_reader(kept.mixed, sizeof(R) == 8 ? kDouble : kFloat, 1);
       }
     }
-    int64_t label = is_labelled(o, c, n) ? c.labels[n] : -1;
+    int64_t label = job.uses_labels && is_labelled(o, c, n) ? c.labels[n] : -1;
     double weight = c.weights ? c.weights[n] : 1, upstream = 1;
     if (c.mode == kScaledGradient) upstream = (double)((const R*)c.upstream)[n * c.upstream_stride];
     Output output{out, student.type, upstream * weight / job.denominator, job.past_cache};
@@ -305,9 +306,9 @@ void do_rows(int64_t first, int64_t last, void* context) {
       Target about{};
       if constexpr (D::kTarget) f.z.excluded = f.v.excluded = label;
       if (writes || pair)
-        normalise<R, D, own, true>(f, row, kept);
+        normalise<R, typename D::Reads, own, true>(f, row, kept);
       else
-        normalise<R, D, own, false>(f, row, kept);
+        normalise<R, typename D::Reads, own, false>(f, row, kept);
       Side all = row.z;
       if constexpr (D::kTarget) {
         R one[1];
@@ -322,7 +323,9 @@ void do_rows(int64_t first, int64_t last, void* context) {
         soft = closed_form<R, D>(d, row);
       if constexpr (D::kTarget) soft += d.alpha == 0 ? 0 : d.alpha * about.phi;
       f.z.excluded = -1;
-      if (writes) write_gradient<R, D, kHard>(f, d, row, all, about, kept, label, output);
+      typename D::Writes writer{};
+      if constexpr (D::kTarget) writer = d;
+      if (writes) write_gradient<R, typename D::Writes, kHard>(f, writer, row, all, about, kept, label, output);
       if constexpr (D::kTarget) {
         row.z = all;
         include(row.v, about.u);
@@ -399,9 +402,9 @@ template <class R, class D>
 KdRange choose_hard(Hard hard) {
   // Without a softmax of the soft term there is none to share.
   constexpr bool plain = D::kNormaliser != kSoftmax;
-  if (hard == kNoHard) return do_rows<R, D, kNoHard>;
-  if (plain || hard == kOwnHard) return do_rows<R, D, kOwnHard>;
-  return do_rows<R, D, plain ? kOwnHard : kSharedHard>;
+  if (hard == kOwnHard || (plain && hard == kSharedHard)) return do_rows<R, D, kOwnHard>;
+  // With a softmax, no hard term is one of weight 0: a build less.
+  return do_rows<R, D, plain ? kNoHard : kSharedHard>;
 }
 
 template <class R>
@@ -443,7 +446,7 @@ int64_t run(const KdOptions& o, const KdCall& c) {
     if (uses_labels && (c.labels[n] < 0 || c.labels[n] >= c.classes)) return n;
   }
   if (c.targets) labelled = counted;
-  Job<R> job{&o, &c, 1, nullptr, o.stats ? kRowFigures : 1, false, false, c.rows};
+  Job<R> job{&o, &c, 1, nullptr, o.stats ? kRowFigures : 1, false, false, uses_labels, c.rows};
   double items = counted == 0 ? 1 : c.num_items >= 0 ? c.num_items : (double)counted;
   if (o.reduction == 0) job.denominator = items;
   int64_t gradient_bytes = c.mode == kLoss ? 0 : c.rows * c.width * type_size(c.side[0].type);

@@ -53,6 +53,8 @@ struct Ahead {
 // No soft term: the hard one alone.
 template <class R>
 struct NoDivergence : Pair<R> {
+  using Reads = NoDivergence;
+  using Writes = NoDivergence;
   static constexpr bool kCross = true;
   R unused[4];
 };

@@ -96,9 +96,7 @@ def _processed(x, inside, cap, slope, eps, CAPPED: tl.constexpr, NOISE: tl.const
     Without either the scale is left to what comes next, which multiplies anyway.
     """
     if CAPPED:
-        e = triton_math.expm1(-2.0 * tl.abs(x * slope))
-        t = -e / (2.0 + e)
-        x = tl.where(inside, cap * tl.where(x < 0, -t, t), NEG_INF)
+        x = tl.where(inside, cap * triton_math.tanh(x * slope), NEG_INF)
     elif NOISE != NO_NOISE:
         x *= slope
     return triton_noise.noised(x, eps, NOISE)
