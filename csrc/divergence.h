@@ -163,52 +163,63 @@ struct SquaredError : Pair<R> {
 // -(p^alpha q^beta - alpha / s p^s - beta / s q^s) / (alpha beta), s = alpha + beta, and its limits. Relative to the
 // larger of p and q, whose exponent is a, with t = -|lp - lq|, b the other exponent and e(c) = (e^(ct) - 1) / c, which is
 // t at c = 0: phi = larger^s (e^(at) e(b) - e(a)) / s; at s = 0 (e(a) - t) / a; at a = b = 0 t^2 / 2. Nothing divides by
-// alpha or beta. kSigned: an exponent may be negative, so that its power grows with the margin.
-template <class R, bool kSigned>
-struct AlphaBetaOf : Pair<R> {
+// alpha or beta where they may be 0.
+template <class R>
+KD_FN R inverse(R x) {
+  return x == 0 ? R(0) : 1 / x;
+}
+
+// A choice as arithmetic, since gcc makes two paths, and no vectors, of many selections by one condition.
+template <class R>
+KD_FN R either(R first, R x, R y) {
+  return first * x + (1 - first) * y;
+}
+
+// With both exponents above 0: every power is at most 1.
+template <class R>
+struct AlphaBeta : Pair<R> {
+  R alpha, beta, unused[2];
+  KD_FN Terms<R> terms(R lq, R lp, R, R) const {
+    const R s = alpha + beta, over_alpha = 1 / alpha, over_beta = 1 / beta, over_s = 1 / s;
+    const R d = lp - lq, student_larger = d < 0 ? R(1) : R(0), t = d < -d ? d : -d;
+    const R grown_a = kd_expm1(either(student_larger, alpha, beta) * t);
+    const R grown_b = kd_expm1(either(student_larger, beta, alpha) * t);
+    const R larger = kd_exp(s * (lq > lp ? lq : lp));
+    const R subtrahend = larger * grown_a * either(student_larger, over_alpha, over_beta);
+    const R minuend = larger * (1 + grown_a) * grown_b * either(student_larger, over_beta, over_alpha);
+    return {(minuend - subtrahend) * over_s, d < 0 ? -subtrahend : minuend};
+  }
+};
+
+// With any exponents: 0, whose limit is taken, or below it, where a power grows with the margin.
+template <class R>
+struct AlphaBetaAny : Pair<R> {
   R alpha, beta, unused[2];
   static KD_FN R magnitude(R x) { return x < 0 ? -x : x; }
-  static KD_FN R inverse(R x) { return x == 0 ? R(0) : 1 / x; }
-
-  // As arithmetic, since gcc makes two paths, and no vectors, of many selections by one condition.
-  static KD_FN R either(R student_larger, R yes, R no) { return student_larger * yes + (1 - student_larger) * no; }
-
   KD_FN Terms<R> terms(R lq, R lp, R, R) const {
-    const R s = alpha + beta, over_s = inverse(s);
-    const R size_alpha = magnitude(alpha), size_beta = magnitude(beta);
+    const R s = alpha + beta, size_alpha = magnitude(alpha), size_beta = magnitude(beta);
     const R over_alpha = inverse(size_alpha), over_beta = inverse(size_beta);
     const R d = lp - lq, student_larger = d < 0 ? R(1) : R(0);
     const R t = d < -d ? d : -d, f = t < R(-1e30) ? R(-1e30) : t;  // f: no product with it is 0 inf
     const R at = either(student_larger, size_alpha, size_beta) * f, bt = either(student_larger, size_beta, size_alpha) * f;
-    const R grown_a = kd_expm1(at), grown_b = kd_expm1(bt);
     // e(a) and e(b) for exponents of their sizes; those of negative ones are these times e^(-ct).
-    const R e_a = at == 0 ? t : grown_a * either(student_larger, over_alpha, over_beta);
-    const R e_b = bt == 0 ? t : grown_b * either(student_larger, over_beta, over_alpha);
+    const R e_a = at == 0 ? t : kd_expm1(at) * either(student_larger, over_alpha, over_beta);
+    const R e_b = bt == 0 ? t : kd_expm1(bt) * either(student_larger, over_beta, over_alpha);
+    const R a = either(student_larger, alpha, beta) * f, b = either(student_larger, beta, alpha) * f;
     const R log_larger = s * (lq > lp ? lq : lp);
-    R from_larger, from_both;
-    if constexpr (kSigned) {
-      const R a = either(student_larger, alpha, beta) * f, b = either(student_larger, beta, alpha) * f;
-      from_larger = kd_power(log_larger + (a > 0 ? a : R(0)));
-      from_both = kd_power(log_larger + a + (b > 0 ? b : R(0)));
-    } else {
-      from_larger = kd_exp(log_larger);
-      from_both = from_larger * (1 + grown_a);
-    }
+    const R from_larger = kd_power(log_larger + (a > 0 ? a : R(0)));
+    const R from_both = kd_power(log_larger + a + (b > 0 ? b : R(0)));
     // What underflows weighs nothing, also beside an infinite logarithm.
     const R subtrahend = from_larger * (from_larger == 0 ? R(0) : e_a), minuend = from_both * (from_both == 0 ? R(0) : e_b);
     // With s = 0 the other exponent is -a.
     const R over_a = either(student_larger, inverse(alpha), inverse(beta));
     const R at_s_0 = alpha == 0 ? R(0.5) * t * t : (subtrahend - t) * over_a;
-    R phi = s == 0 ? at_s_0 : (minuend - subtrahend) * over_s;
+    R phi = s == 0 ? at_s_0 : (minuend - subtrahend) * inverse(s);
     // A difference of infinite powers is infinite; what was no number before stays none.
-    if constexpr (kSigned) phi = phi == phi ? phi : kd_power(t < 0 ? R(1000) : t);
+    phi = phi == phi ? phi : kd_power(t < 0 ? R(1000) : t);
     return {phi, d < 0 ? -subtrahend : minuend};
   }
 };
-template <class R>
-using AlphaBeta = AlphaBetaOf<R, false>;
-template <class R>
-using AlphaBetaSigned = AlphaBetaOf<R, true>;
 
 // (y - u)^2 / 2, of logits over T.
 template <class R>
@@ -271,14 +282,19 @@ struct DKD : Pair<R> {
   }
 };
 
-// Every divergence: X(number, template, name in the Python table). The signed one has no name of its own: it takes the
-// place of the other where a parameter is negative.
+// Every divergence: X(number, template, name in the Python table). One has no name of its own: it takes the place of
+// AlphaBeta where a parameter is not above 0.
 #define KD_DIVERGENCES(X)                                                                                      \
   X(0, ForwardKL, "forward_kl") X(1, SoftCrossEntropy, "soft_cross_entropy") X(2, ReverseKL, "reverse_kl")     \
   X(3, JSD, "jsd") X(4, SkewKL, "skew_kl") X(5, SkewReverseKL, "skew_reverse_kl") X(6, TVD, "tvd")             \
-  X(7, SquaredError, "squared_error") X(8, AlphaBeta, "alpha_beta") X(9, AlphaBetaSigned, "alpha_beta < 0")    \
+  X(7, SquaredError, "squared_error") X(8, AlphaBeta, "alpha_beta") X(9, AlphaBetaAny, "alpha_beta <= 0")      \
   X(10, LogitMSE, "logit_mse") X(11, CenteredLogitMSE, "centered_logit_mse") X(12, DKD, "dkd")                 \
   X(13, BinaryKL, "binary_kl")
-constexpr int kAlphaBeta = 8, kAlphaBetaSigned = 9;
+
+// The number that a divergence has with these parameters.
+KD_FN int with_parameters(int divergence, const double* params) {
+  constexpr int kAlphaBeta = 8, kAlphaBetaAny = 9;
+  return divergence != kAlphaBeta || (params[0] > 0 && params[1] > 0) ? divergence : kAlphaBetaAny;
+}
 
 }  // namespace

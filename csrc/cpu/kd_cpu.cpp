@@ -408,13 +408,12 @@ KdRange choose_hard(Hard hard) {
 }
 
 template <class R>
-KdRange choose_rows(const KdOptions& o, const KdCall& c, int64_t divergence) {
+KdRange choose_rows(const KdOptions& o, const KdCall& c) {
+  int divergence = with_parameters((int)o.divergence, o.params);
   bool soft = o.soft_weight != 0 || o.stats;
   bool wants_hard = (c.labels || c.targets) && (o.hard_weight != 0 || o.stats);
   if (!soft && !c.targets) return do_rows<R, NoDivergence<R>, kSharedHard>;
   Hard hard = !wants_hard ? kNoHard : o.temperature == 1 ? kSharedHard : kOwnHard;
-  // Only there may a power grow with the margin.
-  if (divergence == kAlphaBeta && (o.params[0] < 0 || o.params[1] < 0)) divergence = kAlphaBetaSigned;
 #define KD_CHOOSE(number, D, name) \
   if (divergence == number) return choose_hard<R, D<R>>(hard);
   KD_DIVERGENCES(KD_CHOOSE)
@@ -456,7 +455,7 @@ int64_t run(const KdOptions& o, const KdCall& c) {
     job.rows = (double*)malloc(sizeof(double) * (c.rows * job.figures + 1));
     if (!job.rows) return kd_no_memory;
   }
-  parallel(c.parallel_for, c.rows, rows_per_task(o.grain, c.classes), choose_rows<R>(o, c, o.divergence), &job);
+  parallel(c.parallel_for, c.rows, rows_per_task(o.grain, c.classes), choose_rows<R>(o, c), &job);
   if (job.rows && !job.failed) {
     if (o.reduction == 2)
       for (int64_t n = 0; n < c.rows; ++n) ((R*)c.loss)[n] = (R)job.rows[n * job.figures];
@@ -527,7 +526,7 @@ void scale(const void* in, void* out, int64_t rows, int64_t classes, int64_t typ
 
 void pointwise(int64_t divergence, const double* params, int64_t n, const double* lq, const double* lp, double* phi,
                double* g) {
-  if (divergence == kAlphaBeta && (params[0] < 0 || params[1] < 0)) divergence = kAlphaBetaSigned;
+  divergence = with_parameters((int)divergence, params);
 #define KD_POINTWISE(number, D, name)                             \
   if (divergence == number) {                                     \
     D<double> d;                                                  \

@@ -73,6 +73,10 @@ struct Kept {
   R* factors;                  // [classes]; of multiplicative noise on the student
 };
 
+// A phase goes through a row in the direction in which the last one did not: what was touched last is still in the cache,
+// where what a long row keeps doesn't fit.
+KD_FN int64_t blocks_of(int64_t classes) { return (classes + kBlock - 1) / kBlock; }
+
 // Phase 1. With kKeep false the loss is all that is wanted, and nothing is kept.
 template <class R, class D, bool kOwnSum, bool kKeep>
 void normalise(const Frame<R>& f, RowState& row, const Kept<R>& kept) {
@@ -153,14 +157,15 @@ double sum_pairs(const Frame<R>& f, D d, RowState& row, const Kept<R>& kept) {
   alignas(64) R z_block[kBlock], v_block[kBlock];
   R rz = (R)row.z.ref, rv = (R)row.v.ref, lz = (R)kd_log(row.z.sum), lv = (R)kd_log(row.v.sum), cz = f.cz, cv = f.cv;
   double phi_sum = 0, g_sum = 0;
-  for (int64_t begin = 0, b = 0; begin < f.classes; begin += kBlock, ++b) {
-    int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
+  for (int64_t b = blocks_of(f.classes) - 1; b >= 0; --b) {
+    int64_t begin = b * kBlock, n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
     const R *z = nullptr, *v = nullptr, *ez = kept.z + begin;
     if constexpr (D::kLogs) {
       z = read(f.z, begin, n, z_block);
       v = read(f.v, begin, n, v_block);
     }
     R* ev_then_g = kept.other + begin;
+    Ahead before_z(f.z, begin - kBlock - kAhead), before_v(f.v, begin - kBlock - kAhead);
     R to_q = (R)to_probability(row.z, kept.z_ref[b]), to_p = (R)to_probability(row.v, kept.v_ref[b]);
     R sums[2];
     accumulate(n, sums, [=](int64_t i, R(&term)[2]) KD_INLINE {
@@ -174,6 +179,12 @@ double sum_pairs(const Frame<R>& f, D d, RowState& row, const Kept<R>& kept) {
       term[0] = t.phi;
       term[1] = t.g;
       ev_then_g[i] = t.g;
+    }, [=](int64_t i) {
+      // The block before, which no hardware expects. Past the row's beginning it is no one's.
+      __builtin_prefetch(before_z.at(i));
+      __builtin_prefetch(before_v.at(i));
+      __builtin_prefetch(ez + i - kBlock);
+      __builtin_prefetch(ev_then_g + i - kBlock);
     });
     phi_sum += sums[0];
     g_sum += sums[1];
@@ -245,8 +256,10 @@ void write_gradient(const Frame<R>& f, const D& divergence, const RowState& row,
     on_teacher = row.v.sum == 0 ? 0 : divergence.beta;
     on_student = on_teacher - divergence.alpha * target.g;
   }
-  for (int64_t begin = 0, b = 0; begin < f.classes; begin += kBlock, ++b) {
-    int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
+  int64_t blocks = blocks_of(f.classes);
+  for (int64_t i = 0; i < blocks; ++i) {
+    int64_t b = D::kCross ? blocks - 1 - i : i;
+    int64_t begin = b * kBlock, n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
     double to_q = to_probability(row.z, kept.z_ref[b]), on_both = 0, on_z = 0, on_other = 0;
     if constexpr (kReadsTeacher<D>) {
       if constexpr (!D::kCross) {  // g - q sum g
