@@ -332,12 +332,16 @@ double mean_difference(const Frame<R>& f) {
   for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
     int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
     const R *z = read(f.z, begin, n, z_block), *v = read(f.v, begin, n, v_block);
+    Ahead next_z(f.z, begin), next_v(f.v, begin);
     R cz = f.cz, cv = f.cv, sums[2];
     accumulate(n, sums, [=](int64_t i, R(&term)[2]) KD_INLINE {
       R difference = z[i] * cz - v[i] * cv;
       bool finite = difference - difference == 0;
       term[0] = finite ? difference : R(0);
       term[1] = finite ? R(1) : R(0);
+    }, [=](int64_t i) {
+      __builtin_prefetch(next_z.at(i));
+      __builtin_prefetch(next_v.at(i));
     });
     sum += sums[0];
     count += sums[1];
@@ -359,6 +363,7 @@ Plain plain_row(const Frame<R>& f, const D& d, double mean, const Reader* target
     int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
     const R *z = read(f.z, begin, n, z_block), *v = read(f.v, begin, n, v_block), *t = z;
     if constexpr (D::kBinary && kHard != kNoHard) t = read(*targets, begin, n, t_block);
+    Ahead next_z(f.z, begin), next_v(f.v, begin), next_t(*targets, begin);
     const R* e1 = kept.z + begin;
     R C = !D::kBinary && kHard != kNoHard ? (R)(hard * to_probability(one, kept.z_ref[b])) : R(0);
     R sums[3];
@@ -376,6 +381,10 @@ Plain plain_row(const Frame<R>& f, const D& d, double mean, const Reader* target
         dz += C * e1[i];
       }
       block[i] = dz;
+    }, [=](int64_t i) {
+      __builtin_prefetch(next_z.at(i));
+      __builtin_prefetch(next_v.at(i));
+      if constexpr (D::kBinary && kHard != kNoHard) __builtin_prefetch(next_t.at(i));
     });
     total.soft += sums[0];
     total.hard += sums[1];
