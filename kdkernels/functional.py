@@ -43,6 +43,9 @@ class KDStats:
         accuracy: Fraction of counted and labelled rows whose label is the student's most probable class; 0 if
             none.
         counted: Number of rows that count.
+
+    With `kd.BinaryKL` entropies are sums over the classes, and agreement and accuracy are fractions of a
+    row's classes on which the student is on the teacher's side of ½, or the label's.
     """
 
     soft: Tensor
@@ -98,9 +101,11 @@ def kd_loss(
 
     Formula: per row, soft_weight · T² · D(p, q) + hard_weight · CE(label, softmax(z)), with q = softmax(z/T)
     the student, p = softmax(v/T) the teacher, in nats; D by `divergence`: `forward_kl` KL(p‖q),
-    `soft_cross_entropy` H(p, q) (Hinton's form, the same gradient), `reverse_kl` KL(q‖p), `kd.JSD(beta)`. The
-    hard term is taken at T = 1. T here softens both distributions in the loss; it is not a sampling
-    temperature.
+    `soft_cross_entropy` H(p, q) (Hinton's form, the same gradient), `reverse_kl` KL(q‖p), `tvd` ½Σ|p − q|,
+    `squared_error` ½Σ(q − p)², `kd.JSD`, `kd.SkewKL`, `kd.SkewReverseKL`, `kd.AlphaBeta`, `kd.DKD`,
+    `kd.LogitMSE` (of the logits themselves), `kd.BinaryKL` (a sigmoid for each class), or one of
+    `kd.register_divergence`. The hard term is taken at T = 1. T here softens both distributions in the loss;
+    it is not a sampling temperature.
 
     Gradient: with respect to the student's raw logits only. For forward KL, T·(q − p) · soft_weight per row,
     plus hard_weight · (softmax(z) − onehot), times the row's weight (1/rows for a mean); through scale and
@@ -115,11 +120,12 @@ def kd_loss(
     Args:
         student: Logits `[..., V]`, or `kd.Logits` for logits with a scale or softcap. Any leading shape and
             strides; float32, float64, bfloat16 or float16.
-        teacher: Logits of the same shape, likewise; its dtype and strides may differ. It receives no
-            gradient.
+        teacher: Logits of the same shape, likewise, whose dtype and strides may differ; or `kd.Mixture` of
+            several, averaged as probabilities. It receives no gradient.
         labels: Integer class of each row, `[...]`. Never shifted here: `kd.shift_labels` does that for a
-            causal LM.
-        divergence: A string or an object such as `kd.JSD(beta=0.5)`.
+            causal LM. With `kd.BinaryKL` floats in [0, 1], `[..., V]`.
+        divergence: A string or an object such as `kd.JSD(beta=0.5)`. `kd.DKD` needs a label in every row that
+            counts.
         temperature: T > 0.
         t_squared: Multiply the soft term (and so its gradient) by T², which keeps the gradient's size about
             the same at every T.
