@@ -48,9 +48,9 @@ CHOICES = {"jsd": kd.JSD(0.3), "alpha_beta": kd.AlphaBeta(0.2, 0.7), "centered_l
 # add to a pass, noise on every logit of both sides, and several teachers.
 OPTIONS = ("plain", "hard", "everything", "noise", "mixture")
 TEACHERS = 3
-# Bytes a thread: ptxas gives up that much of a program to have one more of them on a multiprocessor (64 and
-# 80 registers of 256 threads are such steps).
-TOLERATED_SPILLS = 32
+# Targets and divergences with builds that move what they spilled within a loop, and so once a block and not
+# once a row: up to four instructions, among hundreds (dkd) to thousands.
+RELOADING = {("sm_100", "skew_reverse_kl"), ("sm_100", "alpha_beta"), ("sm_100", "dkd")}
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,7 @@ def _amd(text: str) -> dict[str, int]:
     return {
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
         "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),
+        "reloads": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),  # wherever they are
         "wide_loads": sum(kind == "load" and width == "dwordx4" for kind, width in accesses),
         "wide_stores": sum(kind == "store" and width == "dwordx4" for kind, width in accesses),
         "narrow": sum(width != "dwordx4" for _, width in accesses),
@@ -198,18 +199,34 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, int]:
         file.write(asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        said = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+
+        def ask(option: str) -> str:
+            done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+            return done.stdout
+
+        said = ask("-res-usage")
+        spills = int(re.search(r"STACK:(\d+)", said)[1]) + int(re.search(r"LOCAL:(\d+)", said)[1])
+        reloads = spills_within_loops(ask("-sass")) if spills else 0
     accesses = re.findall(r"\b(ld|st)\.global((?:\.[\w:]+)*)", asm["ptx"])
     wide = [kind for kind, how in accesses if ".v4.b32" in how or ".v2.b64" in how]
     return {
         "registers": int(re.search(r"REG:(\d+)", said)[1]),
-        "spills": int(re.search(r"STACK:(\d+)", said)[1]) + int(re.search(r"LOCAL:(\d+)", said)[1]),
+        "spills": spills,
+        "reloads": reloads,
         "wide_loads": wide.count("ld"),
         "wide_stores": wide.count("st"),
         "narrow": len(accesses) - len(wide),
     }
+
+
+def spills_within_loops(code: str) -> int:
+    """How many instructions within loops, of which a branch backwards is the end, move spills."""
+    found = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    assert found, code
+    back = [(int(to[1], 16), at) for at, text in found if (to := re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text))]
+    loops = [(to, at) for to, at in back if to < at]
+    moves = [at for at, text in found if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(first <= at <= last for first, last in loops) for at in moves)
 
 
 def has_mixtures(divergence: str) -> bool:
@@ -250,7 +267,9 @@ plain: the loss alone. hard: labels, at T = 1 beside a soft term at T = 2. every
 softcaps and stats, too. noise: on every logit of both sides. mixture: three teachers. Registers are a
 thread's; 16-byte accesses are those in its code, loops not counted out. A pass over a side is 2 loads there,
 or 1 with stats; stores are as many, and as many again for the zeros of rows that don't count. float16 takes
-two launches.
+two launches. Spilled bytes are a thread's: numbers of the row, which the assembler puts away so that one more
+program fits on a multiprocessor (64 and 80 registers of 256 threads are such steps); of the instructions that
+move them, those in a loop are counted.
 """
 STATE = 2  # of the modes of the row kernel
 MODES = {None: "", 0: "loss", 1: "loss + gradient", 2: "loss + state", 3: "gradient of state"}
@@ -268,12 +287,14 @@ def table(builds: list[dict[str, Any]], targets: Sequence[str]) -> tuple[list[st
     rows = []
     for key, on in lines.items():
         registers = [str(on[t]["registers"]) if t in on else "" for t in targets]
-        spilled = sum(found["spills"] for found in on.values())
+        spilled = [
+            ", ".join(f"{t} {on[t][what]}" for t in on if on[t][what]) for what in ("spills", "reloads")
+        ]
         shared = max(found["shared"] for found in on.values())
         wide = (on[targets[0]]["wide_loads"], on[targets[0]]["wide_stores"]) if targets[0] in on else ("", "")
-        rows.append([*key, *registers, *map(str, (*wide, shared, spilled))])
+        rows.append([*key, *registers, *map(str, (*wide, shared)), *spilled])
     accesses = [f"{targets[0]} 16-byte {kind}" for kind in ("loads", "stores")]
-    return [*head, *accesses, "shared bytes", "spilled bytes"], rows
+    return [*head, *accesses, "shared bytes", "spilled bytes", "moved in a loop"], rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -316,7 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = f"{title}: `{document['command']}`.\n\n{NOTES}\n{markdown_table(head, rows, left=5)}\n"
         (RESULTS / "triton-builds.md").write_text(text)
         print(f"written: {RESULTS / 'triton-builds.json'} and the table beside it")
-    return 1 if any(found["spills"] > TOLERATED_SPILLS for found in builds) else 0
+    reloading = [b for b in builds if b["reloads"] and (b["target"], b["divergence"]) not in RELOADING]
+    for b in reloading:
+        print(f"moves what it spilled within a loop: {b}")
+    return 1 if reloading else 0
 
 
 if __name__ == "__main__":

@@ -21,19 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks.cases import shape
+from benchmarks.cases import DTYPES, shape
 from benchmarks.logits_report import BUSY
 from kdkernels import bench
 from kdkernels.bench import roofline
 from kdkernels.bench.report import command_line
 
 RESULTS = Path(__file__).parent / "results"
-SHAPE = (64, 128256)
+SHAPES = {"cpu": (64, 128256), "cuda": (1024, 128256)}
 SIGMA = 0.5
 SHARE = 0.30  # of triad, for every divergence
 NOISE = 2.5  # times the same call without it
 MEMORY = 1.15  # gradient tensors, scratch of the threads included
-ALLOWED = (5e-5, 2e-4)  # errors of loss and gradient, relative to the loss and to the row's largest entry
+# Errors of loss and gradient, relative to the loss and to the row's largest entry: in bfloat16 one rounding.
+ALLOWED = {"float32": (5e-5, 2e-4), "bfloat16": (5e-5, 2**-8)}
 
 # A loss as its user writes it: of student and teacher logits, class labels and targets in [0, 1].
 Eager = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -175,13 +176,16 @@ EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
 class Inputs:
     """Logits in several places in memory, so that no call finds its own in a cache."""
 
-    def __init__(self, rows: int, vocab: int, sets: int) -> None:
-        generator = torch.Generator().manual_seed(rows * vocab)
-        teacher = 2.5 * torch.randn(rows, vocab, generator=generator)
-        student = 0.7 * teacher + torch.randn(rows, vocab, generator=generator)
-        self.labels = torch.randint(vocab, (rows,), generator=generator)
-        self.targets = torch.rand(rows, vocab, generator=generator)
-        self.drawn = torch.randn(rows, vocab, generator=generator)
+    def __init__(self, settings: Settings, sets: int) -> None:
+        rows, vocab, where = settings.rows, settings.vocab, {"device": settings.device}
+        generator = torch.Generator(settings.device).manual_seed(rows * vocab)
+        teacher = 2.5 * torch.randn(rows, vocab, generator=generator, **where)
+        student = 0.7 * teacher + torch.randn(rows, vocab, generator=generator, **where)
+        self.labels = torch.randint(vocab, (rows,), generator=generator, **where)
+        self.targets = torch.rand(rows, vocab, generator=generator, **where)
+        self.drawn = torch.randn(rows, vocab, generator=generator, **where)
+        dtype = DTYPES[settings.dtype]
+        student, teacher, self.drawn = (x.to(dtype) for x in (student, teacher, self.drawn))
         self.sets = [(student.clone().requires_grad_(), teacher.clone()) for _ in range(sets)]
 
     def ours(self, options: dict[str, Any], *, backend: str | None = None) -> Callable[[int], Any]:
@@ -211,7 +215,7 @@ class Inputs:
     def truth(self, loss: Eager, rows: int = 16) -> tuple[float, Tensor]:
         """Loss and gradient in fp64, by autograd of the eager loss, a few rows at a time."""
         z, v = self.sets[0]
-        total, gradient = 0.0, torch.empty(z.shape, dtype=torch.float64)
+        total, gradient = 0.0, torch.empty(z.shape, dtype=torch.float64, device=z.device)
         for start in range(0, len(z), rows):
             part = slice(start, start + rows)
             wide = z[part].detach().double().requires_grad_()
@@ -240,13 +244,13 @@ def compiled(loss: Eager) -> Eager:
 def time_objective(name: str, inputs: Inputs, settings: Settings) -> dict[str, Any]:
     """Errors and times of one divergence, its eager form and that compiled, and the triad beside them."""
     objective = OBJECTIVES[name]
-    truth = inputs.truth(objective.eager)
+    truth, allowed = inputs.truth(objective.eager), ALLOWED[settings.dtype]
     contestants = {"kd_loss": inputs.ours(objective.options), "eager": inputs.eager(objective.eager)}
     if settings.compiled:
         contestants["torch.compile"] = inputs.eager(compiled(objective.eager))
     found = {who: errors(run(0), truth) for who, run in contestants.items()}
     wrong = [
-        who for who, (loss, gradient) in found.items() if not (loss <= ALLOWED[0] and gradient <= ALLOWED[1])
+        who for who, (loss, gradient) in found.items() if not (loss <= allowed[0] and gradient <= allowed[1])
     ]
     # Eager forms lose digits where kd_loss keeps them: shown, and timed all the same.
     if "kd_loss" in wrong:
@@ -296,7 +300,7 @@ def race(contestants: dict[str, Callable[[int], Any]], inputs: Inputs, settings:
     timings = bench.race(
         [bench.Contestant(name, run) for name, run in contestants.items()] + triads,
         sets=len(inputs.sets),
-        clock=bench.clock_for(torch.device("cpu")),
+        clock=bench.clock_for(torch.device(settings.device)),
         min_rounds=settings.rounds,
         min_seconds=0.5,
     )
@@ -312,6 +316,8 @@ def race(contestants: dict[str, Callable[[int], Any]], inputs: Inputs, settings:
 class Settings:
     """What holds for a whole run."""
 
+    device: str
+    dtype: str
     rows: int
     vocab: int
     threads: int
@@ -322,15 +328,13 @@ class Settings:
 def memory_process(send: Any, options: dict[str, Any], mixture: bool, settings: Settings) -> bench.Peak:
     """Peak memory of one step beyond the logits. Runs in a process of its own."""
     torch.set_num_threads(settings.threads)
-    inputs = Inputs(settings.rows, settings.vocab, 1)
+    inputs, device = Inputs(settings, 1), torch.device(settings.device)
     if mixture:
         z, v = inputs.sets[0]
         teachers = [v, v.clone(), v.clone()]
-        return bench.peak_growth(
-            lambda: torch.autograd.grad(kd.kd_loss(z, kd.Mixture(teachers)), z), torch.device("cpu")
-        )
+        return bench.peak_growth(lambda: torch.autograd.grad(kd.kd_loss(z, kd.Mixture(teachers)), z), device)
     run = inputs.ours(options)
-    return bench.peak_growth(lambda: run(0), torch.device("cpu"))
+    return bench.peak_growth(lambda: run(0), device)
 
 
 def _row(name: str, found: dict[str, Any], peak: float | None) -> list[str]:
@@ -393,19 +397,29 @@ def targets(document: dict[str, Any]) -> list[str]:
     return missed
 
 
+def _machine(settings: dict[str, Any], environment: dict[str, Any]) -> str:
+    if settings["device"] == "cpu":
+        return f"{environment['cpu']}, {settings['threads']} threads"
+    return str(environment["device"])
+
+
 def notes(document: dict[str, Any]) -> list[str]:
     """How to read the tables."""
     settings, environment = document["settings"], document["environment"]
     busy = [x["other_cpus"] for x in (*document["divergences"].values(), *document["extras"].values())]
     lines = [
-        f"({settings['rows']:,}, {settings['vocab']:,}) float32, forward + backward, {settings['threads']} "
-        f"threads, best times; {environment['cpu']}, torch {environment['torch']}.",
-        "exp and log: exponentials and logarithms of a class, in forward and backward together, expm1 and "
-        "log1p among them.",
+        f"({settings['rows']:,}, {settings['vocab']:,}) {settings['dtype']}, forward + backward, best times; "
+        f"{_machine(settings, environment)}, torch {environment['torch']}.",
+        "exp and log: exponentials and logarithms of a class in the C++ library, in forward and backward "
+        "together, expm1 and log1p among them.",
         "Share of triad: 2 reads + 1 write of the logits (with targets 3 reads) in that time, over the "
         "bandwidth of a + s·b in the same run.",
-        "Peak memory: beyond the logits, over the whole step, in gradient tensors; each of "
-        f"{settings['threads']} threads has some rows of scratch in it, {100 / settings['rows']:.1f} % each.",
+        "Peak memory: beyond the logits, over the whole step, in gradient tensors"
+        + (
+            f"; each thread of a CPU has some rows of scratch in it, {100 / settings['rows']:.1f} % each."
+            if settings["device"] == "cpu"
+            else "."
+        ),
         "Gradient error: against fp64, relative to the row's largest entry.",
         "Eager's noise was drawn before the clock ran; noise has σ = "
         f"{SIGMA}; the mixture is of three teachers.",
@@ -429,7 +443,11 @@ def markdown(document: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m benchmarks divergences", description=__doc__)
-    p.add_argument("--shape", type=shape, default=SHAPE, metavar="ROWSxVOCAB", help="default: 64x128256")
+    p.add_argument("--device", choices=SHAPES, default="cpu", help="default: %(default)s")
+    p.add_argument("--dtype", choices=ALLOWED, default="float32", help="default: %(default)s")
+    p.add_argument(
+        "--shape", type=shape, metavar="ROWSxVOCAB", help="default: 64x128256 on a CPU, 1024x128256 on a GPU"
+    )
     p.add_argument("--only", nargs="+", metavar="NAME", help="divergences and extras whose names begin so")
     p.add_argument("--rounds", type=int, default=20, help="at least; default %(default)s")
     p.add_argument("--no-compile", action="store_true", help="without torch.compile")
@@ -441,21 +459,23 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns its exit status."""
     options = parser().parse_args(arguments)
-    rows, vocab = options.shape
-    threads = min(2, os.cpu_count() or 1)
-    settings = Settings(rows, vocab, threads, options.rounds, not options.no_compile)
+    rows, vocab = options.shape or SHAPES[options.device]
+    threads, device = min(2, os.cpu_count() or 1), torch.device(options.device)
+    settings = Settings(
+        options.device, options.dtype, rows, vocab, threads, options.rounds, not options.no_compile
+    )
     torch.set_num_threads(threads)
     wanted = tuple(options.only or ("",))
     chosen = [name for name in OBJECTIVES if name.startswith(wanted)]
     extras = [name for name in (*EXTRAS, "mixture of 3") if name.startswith(wanted)]
-    tensor = roofline.tensor_bytes(rows, vocab, torch.float32)
+    tensor = roofline.tensor_bytes(rows, vocab, DTYPES[options.dtype])
     progress = bench.Progress()
     document: dict[str, Any] = {
         "schema": 1,
         "command": command_line("benchmarks", ["divergences", *(arguments or [])]),
         "finished": "",
         "kdkernels": kd.__version__,
-        "environment": bench.environment(torch.device("cpu"), threads),
+        "environment": bench.environment(device, threads),
         "settings": asdict(settings),
         "divergences": {},
         "extras": {},
@@ -470,12 +490,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 memory_process, call, name.startswith("mixture"), settings, preload=("torch", __name__)
             )
             document["peaks"][name] = None if peak is None else peak.bytes / tensor
-    sets = bench.input_sets(
-        2 * tensor,
-        roofline.last_level_cache_bytes(torch.device("cpu")),
-        roofline.free_bytes(torch.device("cpu")),
-    )
-    inputs = Inputs(rows, vocab, sets)
+    sets = bench.input_sets(2 * tensor, roofline.last_level_cache_bytes(device), roofline.free_bytes(device))
+    inputs = Inputs(settings, sets)
     with progress.phase("times", len(chosen) + len(extras)):
         for name in chosen:
             progress.step(name)
@@ -491,7 +507,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line)
     for title, head, body, left in tables(document):
         bench.print_table(title, head, body, left)
-    whole = (rows, vocab) == SHAPE and not (options.only or options.no_compile)
+    other = options.shape or options.only or options.no_compile or options.dtype != "float32"
+    whole = options.device == "cpu" and not other
     path = options.json or (RESULTS / "divergences-cpu.json" if whole else None)
     if path is not None:
         bench.write_json(path, document)

@@ -13,8 +13,8 @@
 // margins. kBinary: every class is a question of its own, the hard term too.
 //
 // The includer provides KD_FN (how a function is declared), kd_exp (of what is at most 88), kd_power (e^x of any x),
-// kd_expm1 (of what is at most 0) and kd_log1p for its real type. The same expressions stand in kdkernels/divergences.py; a test pins the two
-// spellings to each other.
+// kd_expm1 (of what is at most 0) and kd_log1p for its real type. The same expressions stand in
+// kdkernels/expressions.py; a test pins the two spellings to each other.
 #pragma once
 
 namespace {

@@ -11,11 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .divergences import (
-    Divergence,
-    phi_binary_cross_entropy,
-    phi_binary_kl,
-)
+from .divergences import Divergence
+from .expressions import phi_binary_cross_entropy, phi_binary_kl
 from .noise import STUDENT, Noise, noised
 from .spec import Call, LossSpec
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from truth import Options, truth
 
 import kdkernels as kd
-from kdkernels.divergences import TABLE, phi_binary_cross_entropy
+from kdkernels.divergences import TABLE
+from kdkernels.expressions import phi_binary_cross_entropy
 
 # No digits are lost near the limits.
 NEAR_LIMITS = ((1e-4, 0.5), (0.5, 1e-4), (1e-4, 1e-4), (-1e-4, 0.8), (1 - 1e-4, 1e-4))

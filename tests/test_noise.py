@@ -485,6 +485,42 @@ def test_a_sample_a_row() -> None:
     torch.testing.assert_close(x, sample(50, 9)[:, :1], rtol=0, atol=0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", [True, False], ids=["seed on the device", "no seed"])
+def test_noise_in_a_captured_graph(given: bool) -> None:
+    """A replay draws the sample of the seed that is there by then, or one of torch's generator."""
+    z, v = (logits(5, 300, dtype=torch.float32).to("cuda") for _ in range(2))
+    z.requires_grad_()
+    seed = torch.zeros((), dtype=torch.int64, device="cuda") if given else None
+    noise = kd.LogitNoise(0.7, seed=seed)
+
+    def step(noise: kd.LogitNoise) -> tuple[Tensor, Tensor]:
+        loss = kd.kd_loss(z, v, student_noise=noise, teacher_noise=noise)
+        return loss, torch.autograd.grad(loss, z)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles the kernels, which no capture can hold
+        step(noise)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(noise)
+    replayed = []
+    for number in (3, 4, 3):
+        if seed is None:
+            torch.cuda.manual_seed(number)
+        else:
+            seed.fill_(number)
+        graph.replay()
+        replayed.append([x.clone() for x in captured])
+    for one, other, again in zip(*replayed, strict=True):
+        assert not torch.equal(one, other) and torch.equal(one, again)
+    if given:
+        for here, there in zip(replayed[1], step(kd.LogitNoise(0.7, seed=4)), strict=True):
+            assert torch.equal(here, there)
+
+
 # The object
 
 

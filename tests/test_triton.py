@@ -58,7 +58,7 @@ def test_closed_forms_are_the_sums_of_the_table(name: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("target", builds.TARGETS)
 def test_builds_for_gpus_that_are_not_here(target: str) -> None:
-    """Nothing spills that matters, and rows are read and written 16 bytes a thread, whatever is asked for."""
+    """No loop over a row spills, and it is read and written 16 bytes a thread, whatever is asked for."""
     options = ("plain", "everything")
     names = TABLE if target == "sm_90" else PATHS
     chosen = "--targets", target, "--options", *options, "--vocabularies", *map(str, VOCABULARIES)
@@ -73,8 +73,7 @@ def test_builds_for_gpus_that_are_not_here(target: str) -> None:
                 assert {b["dtype"] for b in here if vocab in b["vocab"]} == dtypes
     assert {b["kernel"] for b in found} == {"row_kernel", "scale_kernel", "total_kernel"}
     for b in found:
-        assert b["spills"] <= spills_of(b), b
-        assert b["registers"] <= 255 and b["shared"] <= 48 * 1024, b
+        assert fits(b) and b["registers"] <= 255 and b["shared"] <= 48 * 1024, b
         if b["kernel"] == "row_kernel":
             loads, stores = wide_accesses(b)
             if target == "gfx942":  # where loops are unrolled, too
@@ -88,10 +87,14 @@ PATHS = (*CHEAPEST, "dkd", "centered_logit_mse", "binary_kl")  # all that the ke
 VOCABULARIES = (1000, 128256)  # one that a block holds, and one that streams
 
 
-def spills_of(b: dict[str, Any]) -> int:
-    """None in the KLs; what may be given up for one more program on a multiprocessor in others."""
-    row = TABLE.get(b["divergence"])
-    return 0 if row is None or (row.closed and not row.target) else builds.TOLERATED_SPILLS
+def fits(b: dict[str, Any]) -> bool:
+    """Whether no loop moves spilled registers, and before them no more than a few numbers of a row go."""
+    simple = b["target"] == "sm_90" and b["dtype"] != "fp16" and b["divergence"] in SIMPLE
+    known = (b["target"], b["divergence"]) in builds.RELOADING
+    return (known or b["reloads"] == 0) and b["spills"] <= (0 if simple else 32)
+
+
+SIMPLE = ("forward_kl", "soft_cross_entropy", "reverse_kl", "jsd")
 
 
 def wide_accesses(b: dict[str, Any]) -> tuple[int, int]:
@@ -121,14 +124,13 @@ def wide_accesses(b: dict[str, Any]) -> tuple[int, int]:
 @needs_triton
 @pytest.mark.parametrize("options", ["noise", "mixture"])
 def test_builds_with_noise_and_mixtures(options: str) -> None:
-    """Nothing spills that matters; with noise, threads exchange no more than sums."""
+    """No loop over a row spills; with noise, threads exchange no more than sums."""
     found = built("--targets", "sm_90", "--options", options, "--dtypes", "bf16", "--vocabularies", "128256")
     rows = [b for b in found if b["kernel"] == "row_kernel"]
     expected = {name for name in TABLE if options == "noise" or builds.has_mixtures(name)}
     assert {b["divergence"] for b in rows} == expected
     for b in rows:
-        assert b["spills"] <= spills_of(b), b
-        assert b["shared"] <= 256 and b["registers"] <= 168, b
+        assert fits(b) and b["shared"] <= 256 and b["registers"] <= 168, b
 
 
 @needs_triton
@@ -153,7 +155,9 @@ def test_rows_that_begin_anywhere() -> None:
     rows = [b for b in found if b["kernel"] == "row_kernel"]
     assert {b["divergence"] for b in rows} == {*PATHS, "alpha_beta"}
     for b in rows:
-        assert b["wide_loads"] == 0 and b["spills"] <= spills_of(b) and b["registers"] <= 184, b
+        assert b["wide_loads"] == 0 and fits(b), b
+        # Binary classes have labels beside both sides, and nine sums with stats.
+        assert b["registers"] <= (168 if b["divergence"] == "binary_kl" else 128), b
 
 
 def built(*options: str) -> list[dict[str, Any]]:
@@ -380,7 +384,8 @@ def opaque(name: str) -> Any:
 def test_a_registered_divergence_needs_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     """What can't be compiled is refused with the reason, and what the reference does otherwise is done."""
     from kdkernels.backends.triton_ import BACKEND
-    from kdkernels.divergences import Divergence, g_forward_kl, phi_forward_kl
+    from kdkernels.divergences import Divergence
+    from kdkernels.expressions import g_forward_kl, phi_forward_kl
 
     monkeypatch.setitem(TABLE, "mine", Divergence("mine", phi_forward_kl, g_forward_kl))
     monkeypatch.setitem(TABLE, "opaque", Divergence("opaque", phi_forward_kl, opaque("g")))
@@ -393,7 +398,8 @@ def test_a_registered_divergence_needs_its_source(monkeypatch: pytest.MonkeyPatc
 @needs_interpreter
 def test_a_registered_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs as a built-in one does, without its closed form."""
-    from kdkernels.divergences import Divergence, g_forward_kl, phi_forward_kl
+    from kdkernels.divergences import Divergence
+    from kdkernels.expressions import g_forward_kl, phi_forward_kl
 
     monkeypatch.setitem(TABLE, "mine", Divergence("mine", phi_forward_kl, g_forward_kl))
     z, v = torch.randn(2, 3, 50).unbind()

@@ -92,9 +92,9 @@ def _uncompilable(phi: Callable[..., Any], g: Callable[..., Any], params: int) -
 
 def interpreted() -> bool:
     """Whether Triton interprets the kernels, on CPU tensors: told so when they were imported, or now."""
-    kernels = sys.modules.get(f"{__package__}.triton_kernels")
-    if kernels is not None:
-        return bool(kernels.INTERPRETED.value)
+    blocks = sys.modules.get(f"{__package__}.triton_blocks")
+    if blocks is not None:
+        return bool(blocks.INTERPRETED.value)
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 

@@ -11,22 +11,16 @@ logits are the logs of their mean, made block by block and not stored.
 """
 
 # No `from __future__ import annotations`: Triton reads the kernels' annotations.
-import types
-from functools import cache
-from typing import Any
-
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
 
-from ..divergences import g_binary_cross_entropy, g_binary_kl, phi_binary_cross_entropy, phi_binary_kl
+from ..expressions import g_binary_cross_entropy, g_binary_kl, phi_binary_cross_entropy, phi_binary_kl
 from ..spec import STATE_ROWS
-from . import triton_math, triton_noise
+from . import triton_blocks as blocks
+from . import triton_noise, triton_teachers
+from .triton_blocks import on_device
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-NEG_INF = tl.constexpr(float("-inf"))
-INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
+NEG_INF, INF, NAN = blocks.NEG_INF, blocks.INF, blocks.NAN
 # What a launch makes: the loss; the loss and the gradient; the loss and the row's state; from the state, the
 # gradient times the upstream one.
 LOSS, GRADIENT, STATE, SCALED_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -41,278 +35,8 @@ FIGURES = tl.constexpr(8)  # a row's loss, soft term, hard term, two entropies, 
 NO_NOISE, MULTIPLICATIVE = triton_noise.NO_NOISE, triton_noise.MULTIPLICATIVE
 STUDENT = triton_noise.STUDENT
 
-
-@cache
-def on_device(expression: Any) -> Any:
-    """An expression of the table with `xp` bound to Triton's functions."""
-    # Triton looks annotations up, too, and among constants only.
-    annotations = dict.fromkeys(map(str, expression.__annotations__.values()), tl.constexpr(0))
-    names = {**expression.__globals__, **annotations, "xp": triton_math, "tl": tl}
-    function = types.FunctionType(expression.__code__, names, expression.__name__)
-    # What these kernels were made for, whatever the environment says by now.
-    return InterpretedFunction(function) if INTERPRETED.value else triton.jit(function)
-
-
 PHI_OF_MARGINS, G_OF_MARGINS = on_device(phi_binary_kl), on_device(g_binary_kl)
 PHI_OF_LABELS, G_OF_LABELS = on_device(phi_binary_cross_entropy), on_device(g_binary_cross_entropy)
-
-
-@triton.jit
-def _row(n, n1, n2, stride0, stride1, stride2, ALIGN: tl.constexpr):
-    """Where row n begins."""
-    return (n // n2 // n1 * stride0 + n // n2 % n1 * stride1 + n % n2 * stride2) * ALIGN
-
-
-@triton.jit
-def _at(row, columns, stride, UNIT: tl.constexpr):
-    """Where columns of a row lie. Times a stride of its own, a column can pass 2^31."""
-    if UNIT:
-        return row + columns
-    else:
-        return row + tl.cast(columns, tl.int64) * stride
-
-
-@triton.jit
-def _read(
-    row, kept, columns, inside, stride,
-    R: tl.constexpr, UNIT: tl.constexpr, WHOLE: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """A block of raw logits, -inf beyond the row: the one kept, or read, the last time or not."""
-    if WHOLE:
-        x = kept
-    elif LAST:
-        # Makes room in the cache for rows that will be read again.
-        at = _at(row, columns, stride, UNIT)
-        x = tl.load(at, mask=inside, other=NEG_INF, eviction_policy="evict_first")
-    else:
-        x = tl.load(_at(row, columns, stride, UNIT), mask=inside, other=NEG_INF)
-    return x.to(R)
-
-
-@triton.jit
-def _processed(x, inside, cap, slope, eps, CAPPED: tl.constexpr, NOISE: tl.constexpr):
-    """Logits as terms use them: cap tanh(slope x) where there is a cap, noise; -inf beyond the row.
-
-    Without either the scale is left to what comes next, which multiplies anyway.
-    """
-    if CAPPED:
-        x = tl.where(inside, cap * triton_math.tanh(x * slope), NEG_INF)
-    elif NOISE != NO_NOISE:
-        x *= slope
-    return triton_noise.noised(x, eps, NOISE)
-
-
-@triton.jit
-def _rounded(x, pointer):
-    """The values in the type that is pointed to, rounded to nearest."""
-    to: tl.constexpr = pointer.dtype.element_ty
-    if INTERPRETED and to == tl.bfloat16:
-        # The interpreter truncates, and of float64 makes something else; what is rounded stays as it is.
-        x = x.to(tl.float32)
-        u = x.to(tl.int32, bitcast=True)
-        rounded = ((u + 0x7FFF + ((u >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)
-    return x.to(to)
-
-
-@triton.jit
-def _grouped(x, GROUP: tl.constexpr, AXIS: tl.constexpr):
-    """A block as groups along AXIS: of neighbours, [.., GROUP], or of strided columns, [GROUP, ..]."""
-    if AXIS == 1:
-        return tl.reshape(x, [x.shape[0] // GROUP, GROUP])
-    else:
-        return tl.reshape(x, [GROUP, x.shape[0] // GROUP])
-
-
-@triton.jit
-def _spread(x, AXIS: tl.constexpr):
-    """A number of each group, for each of its members."""
-    return tl.expand_dims(x, AXIS)
-
-
-@triton.jit
-def _sums(x, GROUP: tl.constexpr, AXIS: tl.constexpr):
-    """The sum of each group of a block."""
-    return tl.sum(_grouped(x, GROUP, AXIS), AXIS)
-
-
-@triton.jit
-def _reference(maximum):
-    """What exponents are relative to: the maximum, or 0 where nothing is finite."""
-    return tl.where(maximum == NEG_INF, 0.0, maximum)
-
-
-@triton.jit
-def _moved(maximum, reference):
-    """By how much exponents so far change with their reference; where there are none, by nothing."""
-    return tl.where(maximum == NEG_INF, 0.0, maximum - reference)
-
-
-@triton.jit
-def _carried(keep, x):
-    """A cross sum so far under its new reference. What no longer weighs anything is gone, infinite or not."""
-    return tl.where(keep == 0, 0.0, keep * x)
-
-
-@triton.jit
-def _with_one(maximum, s, weighed, one):
-    """The reference, the sum of e^x and that of e^x x of classes, given those of all but one, and the one."""
-    top = tl.maximum(maximum, one)
-    ref = _reference(top)
-    moved = _moved(maximum, ref)
-    keep = tl.where(s == 0, 0.0, tl.exp(moved))
-    e = tl.exp(one - ref)
-    return ref, s * keep + e, _carried(keep, weighed + s * moved) + tl.where(e == 0, 0.0, e * (one - ref))
-
-
-@triton.jit
-def _apply(expression: tl.constexpr, lq, lp, p0, p1, p2, p3, PARAMS: tl.constexpr, GUARD: tl.constexpr):
-    """An expression of the table, 0 for a class that neither side can produce."""
-    if GUARD:
-        dead = (lq == NEG_INF) & (lp == NEG_INF)
-        lq = tl.where(dead, 0.0, lq)
-        lp = tl.where(dead, 0.0, lp)
-    if PARAMS == 0:
-        x = expression(lq, lp)
-    elif PARAMS == 1:
-        x = expression(lq, lp, p0)
-    elif PARAMS == 2:
-        x = expression(lq, lp, p0, p1)
-    elif PARAMS == 3:
-        x = expression(lq, lp, p0, p1, p2)
-    else:
-        x = expression(lq, lp, p0, p1, p2, p3)
-    if GUARD:
-        x = tl.where(dead, 0.0, x)
-    return x
-
-
-@triton.jit
-def _cross(e, own, other, A: tl.constexpr, B: tl.constexpr, AXIS: tl.constexpr):
-    """Sums of e (A own + B other). What the weighing side can't produce contributes nothing; NaN stays."""
-    term = B * other
-    if A != 0:
-        term += A * own
-    return tl.sum(tl.where(e == 0, 0.0, e * term), AXIS)
-
-
-@triton.jit
-def _best(x, maximum, columns, classes, best, AXIS: tl.constexpr):
-    """The first column of each group's largest value, given that of the blocks before and their maximum."""
-    largest = tl.max(x, AXIS)
-    first = tl.min(tl.where(x == _spread(largest, AXIS), columns, classes), AXIS)
-    return tl.where(largest > maximum, first, best)
-
-
-@triton.jit
-def _first_of(best, maximum, label, x):
-    """The first column of the largest value, given that of all but the label's."""
-    return tl.where(x > maximum, label, tl.where(x == maximum, tl.minimum(best, label), best))
-
-
-@triton.jit
-def _binary_entropy(x):
-    """Entropy of a yes or no of logit x: log(1 + e^-|x|) + |x| / (1 + e^|x|)."""
-    x = tl.abs(x)
-    e = tl.exp(-x)
-    return triton_math.log1p(e) + tl.where(e == 0, 0.0, x * e / (1.0 + e))
-
-
-@triton.jit
-def _span(classes, share):
-    """How many classes of a teacher are read: none without a share."""
-    return tl.where(share == 0, 0, classes)
-
-
-@triton.jit
-def _mixed_in(top, s, x):
-    """The running maximum and sum of exponentials of logs, with one more."""
-    new = tl.maximum(top, x)
-    ref = _reference(new)
-    return new, s * tl.exp(_moved(top, ref)) + tl.exp(x - ref)
-
-
-@triton.jit
-def _teacher(
-    teachers, kept, mean, columns, inside, start, classes, seed, number,
-    M: tl.constexpr, MIXED: tl.constexpr, DONE: tl.constexpr, BINARY: tl.constexpr, ONE: tl.constexpr,
-    UNIT: tl.constexpr, CAPPED: tl.constexpr, NOISE: tl.constexpr, PER_ROW: tl.constexpr,
-    WHOLE: tl.constexpr, LAST: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The teacher's logits over T, of a block or, with ONE, of a class; of a mixture those of its mean.
-
-    What `teachers` holds, and `kept`, have an entry for each teacher, UNIT and CAPPED a bit. DONE says that
-    the mean is there already.
-    """
-    rows, strides, by, caps, slopes, amounts, samples, refs, logs, shares = teachers
-    if DONE:
-        u = mean
-    else:
-        top = NEG_INF
-        s = 0.0
-        not_top = NEG_INF
-        not_s = 0.0
-        for m in tl.static_range(M):
-            wanted = inside
-            if MIXED:
-                # A teacher without a share is not read, and what is not read is -inf.
-                wanted = columns < _span(classes, shares[m])
-            u = _read(rows[m], kept[m], columns, wanted, strides[m], R, (UNIT >> m) & 1, WHOLE, LAST)
-            if ONE:
-                eps = triton_noise.sample_at(
-                    amounts[m], samples[m], seed, number, columns, 2 * m, NOISE, PER_ROW, R
-                )
-            else:
-                eps = triton_noise.sample(
-                    amounts[m], samples[m], seed, number, start, 2 * m, NOISE, PER_ROW, R, BLOCK
-                )
-            u = _processed(u, inside, caps[m], slopes[m], eps, (CAPPED >> m) & 1, NOISE) * by[m]
-            if MIXED:
-                share = tl.log(shares[m])
-                if BINARY:
-                    smaller = triton_math.log1p(tl.exp(-tl.abs(u)))
-                    top, s = _mixed_in(top, s, tl.where(u > 0, 0.0, u) - smaller + share)
-                    not_top, not_s = _mixed_in(not_top, not_s, tl.where(u > 0, -u, 0.0) - smaller + share)
-                else:
-                    top, s = _mixed_in(top, s, u - refs[m] - logs[m] + share)
-        if MIXED:
-            u = _reference(top) + tl.log(s)
-            if BINARY:
-                u -= _reference(not_top) + tl.log(not_s)
-    return u
-
-
-@triton.jit
-def _normaliser(
-    row, kept, classes, end, lane, stride, by, cap, slope, scale, of_row, share, seed, number,
-    STREAM: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, NOISE: tl.constexpr,
-    PER_ROW: tl.constexpr, WHOLE: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr,
-):  # fmt: skip
-    """Phase 0, of one teacher of a mixture: its log-sum-exp, as a reference and the log relative to it."""
-    groups = tl.zeros([BLOCK // GROUP], R)
-    maximum = groups + NEG_INF
-    s = groups
-    for start in range(0, end, BLOCK):
-        columns = start + lane
-        inside = columns < classes
-        u = _read(row, kept, columns, columns < _span(classes, share), stride, R, UNIT, WHOLE, False)
-        eps = triton_noise.sample(scale, of_row, seed, number, start, STREAM, NOISE, PER_ROW, R, BLOCK)
-        u = _grouped(_processed(u, inside, cap, slope, eps, CAPPED, NOISE), GROUP, AXIS) * by
-        top = tl.maximum(maximum, tl.max(u, AXIS), propagate_nan=tl.PropagateNan.ALL)
-        ref = _reference(top)
-        s = s * tl.exp(_moved(maximum, ref)) + tl.sum(tl.exp(u - _spread(ref, AXIS)), AXIS)
-        maximum = top
-    ref = _reference(tl.max(maximum, 0))
-    s = tl.sum(s * tl.exp(_moved(maximum, ref)), 0)
-    return tl.where(share == 0, 0.0, ref), tl.where(share == 0, 0.0, tl.log(s))
-
-
-@triton.jit
-def _double(parts, at: tl.constexpr):
-    """A float64 number from the three of float32 that it was taken apart into."""
-    x = tl.full((), parts[at], tl.float64) + tl.full((), parts[at + 1], tl.float64)
-    return x + tl.full((), parts[at + 2], tl.float64)
 
 
 @triton.jit
@@ -440,7 +164,7 @@ def row_kernel(
         a3 = tl.full((), p3, R)
 
         # The student's row, and its noise.
-        z_row = z_ptr + _row(n, n1, n2, z_stride0, z_stride1, z_stride2, ALIGN)
+        z_row = z_ptr + blocks.row_start(n, n1, n2, z_stride0, z_stride1, z_stride2, ALIGN)
         z_number = n + z_offset
         z_seed = 0
         z_amount = zero
@@ -452,21 +176,21 @@ def row_kernel(
                 z_sample = triton_noise.sample_of_row(z_amount, z_seed, z_number, STUDENT, R)
 
         # The teachers' rows and numbers, of each; what there is not stands for itself and isn't looked at.
-        v_rows = (v_ptr + _row(n, n1, n2, v_stride0, v_stride1, v_stride2, ALIGN),)
+        v_rows = (v_ptr + blocks.row_start(n, n1, n2, v_stride0, v_stride1, v_stride2, ALIGN),)
         v_columns = (v_column,)
         by_v = (tl.full((), cv, R),)
         cap_v = (tl.full((), v_cap, R),)
         slope_v = (tl.full((), v_slope, R),)
         for m in tl.static_range(M - 1):
-            at = _row(
+            at = blocks.row_start(
                 n, n1, n2, (more_strides[4 * m] - 3) >> 1, (more_strides[4 * m + 1] - 3) >> 1,
                 (more_strides[4 * m + 2] - 3) >> 1, ALIGN,
             )  # fmt: skip
             v_rows = v_rows + (more_ptrs[m] + at,)
             v_columns = v_columns + ((more_strides[4 * m + 3] - 3) >> 1,)
-            by_v = by_v + (_double(more_numbers, 9 * m).to(R),)
-            cap_v = cap_v + (_double(more_numbers, 9 * m + 3).to(R),)
-            slope_v = slope_v + (_double(more_numbers, 9 * m + 6).to(R),)
+            by_v = by_v + (triton_teachers.double(more_numbers, 9 * m).to(R),)
+            cap_v = cap_v + (triton_teachers.double(more_numbers, 9 * m + 3).to(R),)
+            slope_v = slope_v + (triton_teachers.double(more_numbers, 9 * m + 6).to(R),)
         v_number = n + v_offset
         v_seed = 0
         v_amounts = by_v
@@ -495,11 +219,12 @@ def row_kernel(
         if WHOLE:
             end = BLOCK
             out_end = BLOCK
-            z_kept = tl.load(_at(z_row, lane, z_column, Z_UNIT), mask=lane < classes, other=NEG_INF)
+            at = blocks.address(z_row, lane, z_column, Z_UNIT)
+            z_kept = tl.load(at, mask=lane < classes, other=NEG_INF)
             if SOFT:
                 for m in tl.static_range(M):
-                    wanted = lane < (_span(classes, shares[m]) if MIXED else classes)
-                    at = _at(v_rows[m], lane, v_columns[m], (V_UNIT >> m) & 1)
+                    wanted = lane < (triton_teachers.span(classes, shares[m]) if MIXED else classes)
+                    at = blocks.address(v_rows[m], lane, v_columns[m], (V_UNIT >> m) & 1)
                     v = tl.load(at, mask=wanted, other=NEG_INF)
                     v_kept = (v,) if m == 0 else v_kept + (v,)
 
@@ -512,7 +237,7 @@ def row_kernel(
                     ref = tl.load(state_ptr + at)
                     log = tl.load(state_ptr + at + N)
                 else:
-                    ref, log = _normaliser(
+                    ref, log = triton_teachers.normaliser(
                         v_rows[m], v_kept[m], classes, end, lane, v_columns[m], by_v[m], cap_v[m], slope_v[m],
                         v_amounts[m], v_samples[m], shares[m], v_seed, v_number, 2 * m,
                         (V_UNIT >> m) & 1, (V_CAPPED >> m) & 1, V_NOISE, V_PER_ROW, WHOLE,
@@ -526,7 +251,7 @@ def row_kernel(
         teachers = (v_rows, v_columns, by_v, cap_v, slope_v, v_amounts, v_samples, refs, logs, shares)
         DONE: tl.constexpr = MIXED and WHOLE
         if DONE and SOFT:
-            v_mean = _teacher(
+            v_mean = triton_teachers.logits(
                 teachers, v_kept, v_mean, lane, lane < classes, 0, classes, v_seed, v_number,
                 M, MIXED, False, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
                 WHOLE, False, R, BLOCK,
@@ -549,8 +274,10 @@ def row_kernel(
         agrees = zero
         correct = zero
         # A label out of range makes its row NaN: looking at it on the host would wait for the device.
-        valid = (label >= 0) & (label < classes)
+        valid = labelled & (label >= 0) & (label < classes)
         poison = tl.where(labelled & (valid == 0), NAN, 0.0)
+        # As columns are, since a number of 64 bits would take twice the registers and comparisons.
+        target = tl.where(valid, label, -1).to(tl.int32)
         weight = tl.full((), 1.0, tl.float64)
         if WEIGHTS:
             weight = tl.load(weights_ptr + n).to(tl.float64)
@@ -590,24 +317,24 @@ def row_kernel(
                 for start in range(0, end, BLOCK):
                     columns = start + lane
                     inside = columns < classes
-                    z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, LAST)
+                    z = blocks.read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, LAST)
                     eps = triton_noise.sample(
                         z_amount, z_sample, z_seed, z_number, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
                     )
-                    z = _processed(z, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
+                    z = blocks.processed(z, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
                     if TARGET:
-                        z = tl.where(columns == label, NEG_INF, z)
-                    z = _grouped(z, GROUP, AXIS)
+                        z = tl.where(columns == target, NEG_INF, z)
+                    z = blocks.grouped(z, GROUP, AXIS)
                     y = z * by_z
                     if V_NORMS or CENTRES:
-                        u = _teacher(
+                        u = triton_teachers.logits(
                             teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
                             M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
                             WHOLE, LAST, R, BLOCK,
                         )  # fmt: skip
                         if TARGET:
-                            u = tl.where(columns == label, NEG_INF, u)
-                        u = _grouped(u, GROUP, AXIS)
+                            u = tl.where(columns == target, NEG_INF, u)
+                        u = blocks.grouped(u, GROUP, AXIS)
                     if CENTRES:
                         finite = (tl.abs(y) < INF) & (tl.abs(u) < INF)
                         total_z += tl.sum(tl.where(finite, y, 0.0), AXIS)
@@ -615,60 +342,66 @@ def row_kernel(
                         finite_classes += tl.sum(finite.to(R), AXIS)
                     if Z_NORMS:
                         if STATS:
-                            best_z = _best(y, mz, _grouped(columns, GROUP, AXIS), classes, best_z, AXIS)
+                            best_z = blocks.first_largest(
+                                y, mz, blocks.grouped(columns, GROUP, AXIS), classes, best_z, AXIS
+                            )
                         top_z = tl.maximum(mz, tl.max(y, AXIS), propagate_nan=tl.PropagateNan.ALL)
-                        ref_z = _reference(top_z)
-                        y -= _spread(ref_z, AXIS)
+                        ref_z = blocks.reference_of(top_z)
+                        y -= blocks.spread(ref_z, AXIS)
                         ey = tl.exp(y)
-                        moved_z = _moved(mz, ref_z)
+                        moved_z = blocks.shift_of(mz, ref_z)
                         keep_z = tl.exp(moved_z)
                     if V_NORMS:
                         if STATS:
-                            best_v = _best(u, mv, _grouped(columns, GROUP, AXIS), classes, best_v, AXIS)
+                            best_v = blocks.first_largest(
+                                u, mv, blocks.grouped(columns, GROUP, AXIS), classes, best_v, AXIS
+                            )
                         top_v = tl.maximum(mv, tl.max(u, AXIS), propagate_nan=tl.PropagateNan.ALL)
-                        ref_v = _reference(top_v)
-                        u -= _spread(ref_v, AXIS)
+                        ref_v = blocks.reference_of(top_v)
+                        u -= blocks.spread(ref_v, AXIS)
                         eu = tl.exp(u)
-                        moved_v = _moved(mv, ref_v)
+                        moved_v = blocks.shift_of(mv, ref_v)
                         keep_v = tl.exp(moved_v)
                         if CLOSED:
                             # The sum so far, relative to the new references, and the block's.
                             if TEACHER_WEIGHS:
-                                so_far = cross + sv * (A * moved_v + B * moved_z)
-                                cross = _carried(keep_v, so_far) + _cross(eu, u, y, A, B, AXIS)
+                                cross = blocks.carried(keep_v, cross + sv * (A * moved_v + B * moved_z))
+                                cross += blocks.cross_sum(eu, u, y, A, B, AXIS)
                             else:
-                                so_far = cross + sz * (A * moved_z + B * moved_v)
-                                cross = _carried(keep_z, so_far) + _cross(ey, y, u, A, B, AXIS)
+                                cross = blocks.carried(keep_z, cross + sz * (A * moved_z + B * moved_v))
+                                cross += blocks.cross_sum(ey, y, u, A, B, AXIS)
                         if STATS:
-                            xv = _carried(keep_v, xv + sv * moved_v) + _cross(eu, u, u, 0.0, 1.0, AXIS)
+                            xv = blocks.carried(keep_v, xv + sv * moved_v)
+                            xv += blocks.cross_sum(eu, u, u, 0.0, 1.0, AXIS)
                         sv = sv * keep_v + tl.sum(eu, AXIS)
                         mv = top_v
                     if Z_NORMS:
                         if STATS:
-                            xz = _carried(keep_z, xz + sz * moved_z) + _cross(ey, y, y, 0.0, 1.0, AXIS)
+                            xz = blocks.carried(keep_z, xz + sz * moved_z)
+                            xz += blocks.cross_sum(ey, y, y, 0.0, 1.0, AXIS)
                         sz = sz * keep_z + tl.sum(ey, AXIS)
                         mz = top_z
                         if HARD == OWN_HARD:
-                            at_1 = z * by_1 - _spread(ref_z * to_1, AXIS)
+                            at_1 = z * by_1 - blocks.spread(ref_z * to_1, AXIS)
                             s1 = s1 * tl.exp(moved_z * to_1) + tl.sum(tl.exp(at_1), AXIS)
 
             # The groups' sums, relative to the row's maxima.
             top_z = tl.max(mz, 0)
-            rz = _reference(top_z)
-            moved_z = _moved(mz, rz)
+            rz = blocks.reference_of(top_z)
+            moved_z = blocks.shift_of(mz, rz)
             keep_z = tl.exp(moved_z)
             top_v = tl.max(mv, 0)
-            rv = _reference(top_v)
-            moved_v = _moved(mv, rv)
+            rv = blocks.reference_of(top_v)
+            moved_v = blocks.shift_of(mv, rv)
             keep_v = tl.exp(moved_v)
             if CLOSED:
                 if TEACHER_WEIGHS:
-                    cross = tl.sum(_carried(keep_v, cross + sv * (A * moved_v + B * moved_z)), 0)
+                    cross = tl.sum(blocks.carried(keep_v, cross + sv * (A * moved_v + B * moved_z)), 0)
                 else:
-                    cross = tl.sum(_carried(keep_z, cross + sz * (A * moved_z + B * moved_v)), 0)
+                    cross = tl.sum(blocks.carried(keep_z, cross + sz * (A * moved_z + B * moved_v)), 0)
             if STATS:
-                xz = tl.sum(_carried(keep_z, xz + sz * moved_z), 0)
-                xv = tl.sum(_carried(keep_v, xv + sv * moved_v), 0)
+                xz = tl.sum(blocks.carried(keep_z, xz + sz * moved_z), 0)
+                xv = tl.sum(blocks.carried(keep_v, xv + sv * moved_v), 0)
                 best_z = tl.min(tl.where(mz == top_z, best_z, classes), 0)
                 best_v = tl.min(tl.where(mv == top_v, best_v, classes), 0)
             sz = tl.sum(sz * keep_z, 0)
@@ -682,14 +415,14 @@ def row_kernel(
             ref_1 = rz * to_1
 
             if TARGET or (HARD != NO_HARD and not BINARY):
-                at = tl.where(valid, label, 0)
-                z_t = _read(z_row, z_row, at, True, z_column, R, Z_UNIT, False, False)
+                at = tl.maximum(target, 0)
+                z_t = blocks.read(z_row, z_row, at, True, z_column, R, Z_UNIT, False, False)
                 eps_t = triton_noise.sample_at(
                     z_amount, z_sample, z_seed, z_number, at, STUDENT, Z_NOISE, Z_PER_ROW, R
                 )
-                z_t = _processed(z_t, True, cap_z, slope_z, eps_t, Z_CAPPED, Z_NOISE)
+                z_t = blocks.processed(z_t, True, cap_z, slope_z, eps_t, Z_CAPPED, Z_NOISE)
             if TARGET:
-                u_t = _teacher(
+                u_t = triton_teachers.logits(
                     teachers, v_rows, v_mean, at, True, 0, classes, v_seed, v_number,
                     M, MIXED, False, BINARY, True, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
                     False, False, R, BLOCK,
@@ -699,26 +432,26 @@ def row_kernel(
                 margin_v = u_t - rv - log_v
                 around = a0 * PHI_OF_MARGINS(margin_z, margin_v)
                 # A counted row needs a label.
-                gamma = a0 * G_OF_MARGINS(margin_z, margin_v) + tl.where(valid & labelled, 0.0, NAN)
+                gamma = a0 * G_OF_MARGINS(margin_z, margin_v) + tl.where(valid, 0.0, NAN)
             if HARD != NO_HARD and not BINARY:
                 x_t = z_t * by_1
                 if TARGET:
-                    ref_1, s1, _ = _with_one(tl.where(s1 == 0, NEG_INF, ref_1), s1, zero, x_t)
+                    ref_1, s1, _ = blocks.with_one(tl.where(s1 == 0, NEG_INF, ref_1), s1, zero, x_t)
                 lse_1 = tl.log(s1)
                 hard = tl.where(labelled, lse_1 - (x_t - ref_1) + poison, 0.0)
             if STATS and Z_NORMS:
                 if TARGET:
-                    best_z = _first_of(best_z, top_z, label, y_t)
-                    best_v = _first_of(best_v, top_v, label, u_t)
-                    _, all_z, xz = _with_one(top_z, sz, xz, y_t)
-                    _, all_v, xv = _with_one(top_v, sv, xv, u_t)
+                    best_z = blocks.first_with(best_z, top_z, target, y_t)
+                    best_v = blocks.first_with(best_v, top_v, target, u_t)
+                    _, all_z, xz = blocks.with_one(top_z, sz, xz, y_t)
+                    _, all_v, xv = blocks.with_one(top_v, sv, xv, u_t)
                     entropy_z = tl.log(all_z) - xz / all_z
                     entropy_v = tl.log(all_v) - xv / all_v
                 else:
                     entropy_z = log_z - xz / sz
                     entropy_v = log_v - xv / sv
                 agrees = (best_z == best_v).to(R)
-                correct = (labelled & (best_z == label)).to(R)
+                correct = (valid & (best_z == target)).to(R)
 
             if SOFT and NORMALISER == CENTRED:
                 divisor = tl.maximum(tl.sum(finite_classes, 0), 1.0)
@@ -762,31 +495,30 @@ def row_kernel(
                 for start in range(0, end, BLOCK):
                     columns = start + lane
                     inside = columns < classes
-                    z = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS)
+                    z = blocks.read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, MODE == LOSS)
                     eps = triton_noise.sample(
                         z_amount, z_sample, z_seed, z_number, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
                     )
-                    lq = (
-                        _processed(z, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE) * by_z - shift_z - lse_z
-                    )
-                    u = _teacher(
+                    z = blocks.processed(z, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
+                    lq = z * by_z - shift_z - lse_z
+                    u = triton_teachers.logits(
                         teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
                         M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
                         WHOLE, MODE == LOSS, R, BLOCK,
                     )  # fmt: skip
                     lp = u - shift_v - lse_v
                     if TARGET:
-                        lq = tl.where(columns == label, NEG_INF, lq)
-                        lp = tl.where(columns == label, NEG_INF, lp)
-                    phi = _apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
-                    g = _apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
-                    phis += _sums(phi, GROUP, AXIS)
-                    gs += _sums(g, GROUP, AXIS)
+                        lq = tl.where(columns == target, NEG_INF, lq)
+                        lp = tl.where(columns == target, NEG_INF, lp)
+                    phi = blocks.apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
+                    g = blocks.apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
+                    phis += blocks.group_sums(phi, GROUP, AXIS)
+                    gs += blocks.group_sums(g, GROUP, AXIS)
                 soft = tl.sum(phis, 0)
                 sum_g = tl.sum(gs, 0)
             if TARGET:
                 nobody = lse_v == INF
-                soft = tl.where(nobody, 0.0, soft) + around + tl.where(valid & labelled, 0.0, NAN)
+                soft = tl.where(nobody, 0.0, soft) + around + tl.where(valid, 0.0, NAN)
                 sum_g = tl.where(nobody, 0.0, sum_g) + gamma
             if MODE == STATE:
                 tl.store(state_ptr + n, shift_z)
@@ -828,18 +560,18 @@ def row_kernel(
         if WRITES or (SUMS and (SOFT or BINARY)):
             y_row = labels_ptr
             if BINARY and HARD != NO_HARD:
-                y_row = labels_ptr + _row(n, n1, n2, y_stride0, y_stride1, y_stride2, ALIGN)
+                y_row = labels_ptr + blocks.row_start(n, n1, n2, y_stride0, y_stride1, y_stride2, ALIGN)
             for start in range(0, out_end if WRITES else end, BLOCK):
                 columns = start + lane
                 inside = columns < classes
-                raw = _read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, True)
+                raw = blocks.read(z_row, z_kept, columns, inside, z_column, R, Z_UNIT, WHOLE, True)
                 eps = triton_noise.sample(
                     z_amount, z_sample, z_seed, z_number, start, STUDENT, Z_NOISE, Z_PER_ROW, R, BLOCK
                 )
-                z = _processed(raw, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
+                z = blocks.processed(raw, inside, cap_z, slope_z, eps, Z_CAPPED, Z_NOISE)
                 dz = tl.zeros([BLOCK], R)
                 if WEIGHED or (SOFT and SUMS):
-                    u = _teacher(
+                    u = triton_teachers.logits(
                         teachers, v_kept, v_mean, columns, inside, start, classes, v_seed, v_number,
                         M, MIXED, DONE, BINARY, False, V_UNIT, V_CAPPED, V_NOISE, V_PER_ROW,
                         WHOLE, True, R, BLOCK,
@@ -853,37 +585,37 @@ def row_kernel(
                         lq -= lse_z
                         lp -= lse_v
                     if TARGET:
-                        lq = tl.where(columns == label, NEG_INF, lq)
-                        lp = tl.where(columns == label, NEG_INF, lp)
+                        lq = tl.where(columns == target, NEG_INF, lq)
+                        lp = tl.where(columns == target, NEG_INF, lp)
                     if SUMS:
-                        phi = _apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
-                        phis += _sums(phi, GROUP, AXIS)
+                        phi = blocks.apply(PHI, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
+                        phis += blocks.group_sums(phi, GROUP, AXIS)
                     if WRITES and WEIGHED:
-                        dz = _apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
+                        dz = blocks.apply(G, lq, lp, a0, a1, a2, a3, PARAMS, GUARD)
                         if TARGET:
                             dz = tl.where(lse_v == INF, 0.0, dz)
                         if NORMALISER == SOFTMAX:
                             dz -= tl.exp(lq) * sum_g
                         if TARGET:
-                            dz = tl.where(columns == label, gamma, dz)
+                            dz = tl.where(columns == target, gamma, dz)
                         dz *= on_soft
                 if BINARY and SUMS and STATS:
-                    entropies_z += _sums(_binary_entropy(lq), GROUP, AXIS)
-                    entropies_v += _sums(_binary_entropy(lp), GROUP, AXIS)
-                    agreeing += _sums((inside & ((lq > 0) == (lp > 0))).to(R), GROUP, AXIS)
+                    entropies_z += blocks.group_sums(blocks.binary_entropy(lq), GROUP, AXIS)
+                    entropies_v += blocks.group_sums(blocks.binary_entropy(lp), GROUP, AXIS)
+                    agreeing += blocks.group_sums((inside & ((lq > 0) == (lp > 0))).to(R), GROUP, AXIS)
                 if BINARY and HARD != NO_HARD:
                     x = z * by_1
-                    y = tl.load(_at(y_row, columns, y_column, Y_UNIT), mask=inside, other=0.0)
+                    y = tl.load(blocks.address(y_row, columns, y_column, Y_UNIT), mask=inside, other=0.0)
                     if SUMS and STATS:
-                        right += _sums((inside & ((lq > 0) == (y > 0.5))).to(R), GROUP, AXIS)
+                        right += blocks.group_sums((inside & ((lq > 0) == (y > 0.5))).to(R), GROUP, AXIS)
                     # What is no probability makes its class NaN, and the loss.
                     y = tl.where((y >= 0) & (y <= 1), y.to(R), NAN)
                     if SUMS:
-                        hards += _sums(PHI_OF_LABELS(x, y), GROUP, AXIS)
+                        hards += blocks.group_sums(PHI_OF_LABELS(x, y), GROUP, AXIS)
                     if WRITES:
                         dz += on_hard * G_OF_LABELS(x, y)
                 elif HARD != NO_HARD and WRITES:
-                    dz += on_hard * (tl.exp(z * by_1 - ref_1 - lse_1) - (columns == label).to(R))
+                    dz += on_hard * (tl.exp(z * by_1 - ref_1 - lse_1) - (columns == target).to(R))
                 if WRITES:
                     if Z_NOISE == MULTIPLICATIVE:
                         dz = tl.where(z == NEG_INF, dz, dz * (1.0 + eps))
@@ -892,7 +624,7 @@ def row_kernel(
                         dz *= tl.full((), z_scale, R) * (4.0 * e / ((1.0 + e) * (1.0 + e)))
                     if PADDED:  # beyond both softmaxes
                         dz = tl.where(inside, dz, 0.0)
-                    tl.store(out + columns, _rounded(dz, out), mask=columns < width)
+                    tl.store(out + columns, blocks.rounded_to(dz, out), mask=columns < width)
         if SUMS:
             soft = tl.sum(phis, 0)
             if BINARY:
@@ -964,4 +696,4 @@ def scale_kernel(
             at = start + tl.arange(0, BLOCK)
             x = tl.load(gradient_ptr + n * width + at, mask=at < width).to(upstream.dtype)
             x = tl.where(x == 0, 0.0, x * upstream)  # rows that don't count stay 0
-            tl.store(out_ptr + n * width + at, _rounded(x, out_ptr), mask=at < width)
+            tl.store(out_ptr + n * width + at, blocks.rounded_to(x, out_ptr), mask=at < width)
