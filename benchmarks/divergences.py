@@ -409,7 +409,7 @@ def notes(document: dict[str, Any]) -> list[str]:
     busy = [x["other_cpus"] for x in (*document["divergences"].values(), *document["extras"].values())]
     lines = [
         f"({settings['rows']:,}, {settings['vocab']:,}) {settings['dtype']}, forward + backward, best times; "
-        f"{_machine(settings, environment)}, torch {environment['torch']}.",
+        f"{_machine(settings, environment)}, torch {environment['torch']}; kd_loss on backend='{document['backend']}'.",
         "exp and log: exponentials and logarithms of a class in the C++ library, in forward and backward "
         "together, expm1 and log1p among them.",
         "Share of triad: 2 reads + 1 write of the logits (with targets 3 reads) in that time, over the "
@@ -476,6 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "finished": "",
         "kdkernels": kd.__version__,
         "environment": bench.environment(device, threads),
+        "backend": kd.explain(*(torch.zeros(1, 2, device=device) for _ in range(2))).backend,
         "settings": asdict(settings),
         "divergences": {},
         "extras": {},

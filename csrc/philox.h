@@ -1,8 +1,8 @@
 // Counter-based noise: Philox-4x32-10 and Box-Muller, the sample that kdkernels/noise.py defines.
 //
 // A number is a function of a seed and of where it is needed, so that every phase draws it again and nothing is stored.
-// The includer provides KD_FN and, for its real types, kd_log_unit (of what lies in (0, 1)), kd_sqrt and kd_sincos_turns
-// (of an angle in turns, within [0, 1]).
+// The includer provides KD_FN and, for its real types and x between 0 and 2^32, kd_square_radius, -2 log(x 2^-32), and
+// kd_sincos_turns, sine and cosine of 2 pi x 2^-32; and kd_sqrt.
 //
 // Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 #pragma once
@@ -35,17 +35,18 @@ KD_FN Words philox(kd_u32 c0, kd_u32 c1, kd_u32 c2, kd_u32 c3, kd_u32 k0, kd_u32
   return {c0, c1, c2, c3};
 }
 
-// A word as a number in (0, 1), in float whatever the working precision.
-KD_FN float unit(kd_u32 word) {
-  float u = ((float)word + 0.5f) * 0x1p-32f;
-  return u > 0x1.fffffep-1f ? 0x1.fffffep-1f : u;
+// 2^32 times the number in (0, 1) that a word stands for, in float whatever the working precision. The words above the last
+// but one float below 2^32 would be rounded to 2^32.
+KD_FN float scaled_unit(kd_u32 word) {
+  word = word < 0xFFFFFF7Fu ? word : 0xFFFFFF7Fu;
+  return (float)word + 0.5f;
 }
 
-// Two standard normals from two words.
+// Two normals of standard deviation sigma from two words.
 template <class R>
-KD_FN void box_muller(kd_u32 first, kd_u32 second, R& a, R& b) {
-  R radius = kd_sqrt(-2 * kd_log_unit((R)unit(first))), sine, cosine;
-  kd_sincos_turns((R)unit(second), sine, cosine);
+KD_FN void box_muller(kd_u32 first, kd_u32 second, R sigma, R& a, R& b) {
+  R radius = sigma * kd_sqrt(kd_square_radius((R)scaled_unit(first))), sine, cosine;
+  kd_sincos_turns((R)scaled_unit(second), sine, cosine);
   a = radius * cosine;
   b = radius * sine;
 }

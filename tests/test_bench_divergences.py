@@ -69,6 +69,7 @@ def test_a_run(document: dict[str, Any]) -> None:
     assert set(document["extras"]) == {"teacher noise, jsd", "mixture of 3"}
     for times in (*document["divergences"].values(), *document["extras"].values()):
         assert all(t > 0 for t in times["best_ms"].values())
+    assert "kd_loss on backend='cpu'" in document["markdown"]
     assert set(document["peaks"]) == {"tvd", "teacher noise, jsd", "mixture of 3"}
     table = [line.split("|")[1].strip() for line in document["markdown"].splitlines() if line.startswith("|")]
     assert [name for name in table if name in document["peaks"]] == [

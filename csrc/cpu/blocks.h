@@ -8,6 +8,10 @@ namespace {
 // at 1,024; larger blocks would save merges and evict each other.
 constexpr int64_t kBlock = 1024;
 
+// How far phase 1 prefetches, in classes. Forward KL of (256, 32,000), 2 threads, ns per class: 0.74 without, 0.49 at 1,024,
+// 0.48 at 2,048, 0.50 at 3,072 and 4,096.
+constexpr int64_t kAhead = 2048;
+
 }  // namespace
 
 #include "noise.h"
@@ -104,7 +108,10 @@ const R* read(const Reader& r, int64_t begin, int64_t n, R* to) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) to[i] *= scale;
   }
-  if (r.noise && r.noise->active) add_noise(*r.noise, begin, n, to);
+  if (r.noise && r.noise->active) {
+    int64_t size = type_size(r.type);
+    add_noise(*r.noise, begin, n, r.column == 1 ? Later{p + kAhead * size, 4 * size} : Later{}, to);
+  }
   if (excludes) to[r.excluded - begin] = -Real<R>::kInf;
   return to;
 }

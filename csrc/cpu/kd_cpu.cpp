@@ -162,9 +162,9 @@ RowNoise noise_of_row(const KdNoise& noise, int64_t seed, int64_t n, kd_u32 stre
   if (noise.probability < 1) {
     RowNoise coin = r;
     coin.stream |= kCoinStream;
-    r.active = r.active && unit(coin.words(0).w0) < (float)noise.probability;
+    r.active = r.active && scaled_unit(coin.words(0).w0) * 0x1p-32f < (float)noise.probability;
   }
-  if (r.per_row) r.shared = (R)noise.sigma * normal_at<R>(r, 0);
+  if (r.per_row) r.shared = normal_at(r, 0, (R)noise.sigma);
   return r;
 }
 
@@ -547,7 +547,7 @@ void words(int64_t seed, int64_t row, int64_t stream, int64_t groups, uint32_t* 
   RowNoise r = noise_of_row<float>(noise, seed, row, (kd_u32)stream);
   alignas(64) uint32_t block[4][kGroups];
   for (int64_t i = 0; i < groups; ++i) {
-    if (i % kGroups == 0) block_words(r, (kd_u32)i, kGroups, block);
+    if (i % kGroups == 0) block_words(r, (kd_u32)i, kGroups, Later{}, block);
     for (int k = 0; k < 4; ++k) out[4 * i + k] = block[k][i % kGroups];
   }
 }

@@ -37,27 +37,29 @@ struct Real<float> {
     p = p * r + 0.500000009519f;
     return p * (r * r) + r;
   }
-  // log(1 + f) on sqrt(1/2) <= 1 + f <= sqrt(2), relative error 3e-8.
+  // kTimes (a power of two) times log(1 + f) on sqrt(1/2) <= 1 + f <= sqrt(2), relative error 3e-8.
+  template <int kTimes = 1>
   static KD_FN float log1p_reduced(float f) {
-    float p = 0.0891786839256f;
-    p = p * f + -0.143502001413f;
-    p = p * f + 0.148769609739f;
-    p = p * f + -0.165656347125f;
-    p = p * f + 0.199653981422f;
-    p = p * f + -0.250017469263f;
-    p = p * f + 0.333338580658f;
+    float p = kTimes * 0.0891786839256f;
+    p = p * f + kTimes * -0.143502001413f;
+    p = p * f + kTimes * 0.148769609739f;
+    p = p * f + kTimes * -0.165656347125f;
+    p = p * f + kTimes * 0.199653981422f;
+    p = p * f + kTimes * -0.250017469263f;
+    p = p * f + kTimes * 0.333338580658f;
     float f2 = f * f;
-    return p * (f2 * f) + (f - 0.5f * f2);
+    return p * (f2 * f) + (kTimes * f - kTimes * 0.5f * f2);
   }
-  // Taylor series: the first omitted terms, x^11 / 11! and x^10 / 10!, are below 2e-9 and 3e-8 on |x| <= pi/4.
+  // On |x| <= pi/2, absolute errors 7e-9 x^3 and 4e-10 x^2.
   static KD_FN void sincos_reduced(float x, float& sine, float& cosine) {
-    float x2 = x * x, s = 1.0f / 362880, c = 1.0f / 40320;
-    s = s * x2 - 1.0f / 5040;
-    s = s * x2 + 1.0f / 120;
-    s = s * x2 - 1.0f / 6;
-    c = c * x2 - 1.0f / 720;
-    c = c * x2 + 1.0f / 24;
-    c = c * x2 - 0.5f;
+    float x2 = x * x, s = 2.63475639181e-6f, c = -2.62975174165e-7f;
+    s = s * x2 - 1.98227394886e-4f;
+    s = s * x2 + 8.3332421351e-3f;
+    s = s * x2 - 0.166666659638f;
+    c = c * x2 + 2.47745797452e-5f;
+    c = c * x2 - 1.38886516473e-3f;
+    c = c * x2 + 4.166665936e-2f;
+    c = c * x2 - 0.49999999964f;
     sine = s * (x2 * x) + x;
     cosine = c * x2 + 1;
   }
@@ -92,6 +94,7 @@ struct Real<double> {
     return p * (r * r) + r;
   }
   // 2 atanh(s), s = f / (2 + f), |s| <= 0.1716: the first omitted term, s^23 / 23, is below 2e-18 relative to s.
+  template <int kTimes = 1>
   static KD_FN double log1p_reduced(double f) {
     double s = f / (2 + f), s2 = s * s;
     double p = 1.0 / 21;
@@ -105,25 +108,30 @@ struct Real<double> {
     p = p * s2 + 1.0 / 5;
     p = p * s2 + 1.0 / 3;
     // 2s + 2s^3 p, with 2s = f - s f so that small f loses nothing.
-    return f - s * (f - 2 * s2 * p);
+    return kTimes * (f - s * (f - 2 * s2 * p));
   }
-  // Taylor series: the first omitted terms, x^19 / 19! and x^18 / 18!, are below 1e-19 and 3e-18.
+  // Taylor series: the first omitted terms, x^23 / 23! and x^24 / 24!, are below 2e-18 and 1e-19 on |x| <= pi/2.
   static KD_FN void sincos_reduced(double x, double& sine, double& cosine) {
-    double x2 = x * x, s = 1.0 / 355687428096000, c = 1.0 / 20922789888000;
-    s = s * x2 - 1.0 / 1307674368000;
-    s = s * x2 + 1.0 / 6227020800;
-    s = s * x2 - 1.0 / 39916800;
-    s = s * x2 + 1.0 / 362880;
-    s = s * x2 - 1.0 / 5040;
-    s = s * x2 + 1.0 / 120;
-    s = s * x2 - 1.0 / 6;
-    c = c * x2 - 1.0 / 87178291200;
-    c = c * x2 + 1.0 / 479001600;
-    c = c * x2 - 1.0 / 3628800;
-    c = c * x2 + 1.0 / 40320;
-    c = c * x2 - 1.0 / 720;
-    c = c * x2 + 1.0 / 24;
-    c = c * x2 - 0.5;
+    double x2 = x * x, s = 1.0 / 51090942171709440000.0, c = -1.0 / 1124000727777607680000.0;
+    s = s * x2 - 1.0 / 121645100408832000.0;
+    s = s * x2 + 1.0 / 355687428096000.0;
+    s = s * x2 - 1.0 / 1307674368000.0;
+    s = s * x2 + 1.0 / 6227020800.0;
+    s = s * x2 - 1.0 / 39916800.0;
+    s = s * x2 + 1.0 / 362880.0;
+    s = s * x2 - 1.0 / 5040.0;
+    s = s * x2 + 1.0 / 120.0;
+    s = s * x2 - 1.0 / 6.0;
+    c = c * x2 + 1.0 / 2432902008176640000.0;
+    c = c * x2 - 1.0 / 6402373705728000.0;
+    c = c * x2 + 1.0 / 20922789888000.0;
+    c = c * x2 - 1.0 / 87178291200.0;
+    c = c * x2 + 1.0 / 479001600.0;
+    c = c * x2 - 1.0 / 3628800.0;
+    c = c * x2 + 1.0 / 40320.0;
+    c = c * x2 - 1.0 / 720.0;
+    c = c * x2 + 1.0 / 24.0;
+    c = c * x2 - 1.0 / 2.0;
     sine = s * (x2 * x) + x;
     cosine = c * x2 + 1;
   }
@@ -188,35 +196,37 @@ KD_FN double kd_expm1(double x) { return expm1_(x); }
 KD_FN float kd_log1p(float x) { return log1p_(x); }
 KD_FN double kd_log1p(double x) { return log1p_(x); }
 
-// log x of a normal number.
-template <class R>
+// kTimes (a power of two) times log(x 2^-kScale) of a normal number x.
+template <int kTimes = 1, int kScale = 0, class R>
 KD_FN R log_(R x) {
   using M = Real<R>;
   using Int = typename M::Int;
-  Int e = (bits<Int>(x) - M::kSqrtHalf) >> M::kMantissa;
-  R inverse = bits<R>((Int)(M::kOne - (e << M::kMantissa)));
-  return (R)e * M::kLn2 + M::log1p_reduced(x * inverse - 1);
+  Int e = (bits<Int>(x) - (M::kSqrtHalf + ((Int)kScale << M::kMantissa))) >> M::kMantissa;
+  R inverse = bits<R>((Int)(M::kOne - ((Int)kScale << M::kMantissa) - (e << M::kMantissa)));
+  return (R)e * (kTimes * M::kLn2) + M::template log1p_reduced<kTimes>(x * inverse - 1);
 }
-KD_FN float kd_log_unit(float x) { return log_(x); }
-KD_FN double kd_log_unit(double x) { return log_(x); }
+// -2 log(x 2^-32).
+KD_FN float kd_square_radius(float x) { return log_<-2, 32>(x); }
+KD_FN double kd_square_radius(double x) { return log_<-2, 32>(x); }
 
 KD_FN float kd_sqrt(float x) { return __builtin_sqrtf(x); }
 KD_FN double kd_sqrt(double x) { return __builtin_sqrt(x); }
 
-// Sine and cosine of 2 pi u, 0 <= u <= 1: of the nearest quarter turn, exactly, and of what is left, at most pi / 4.
+// Sine and cosine of 2 pi x 2^-32, 0 <= x <= 2^32: of what the nearest half turn leaves, at most pi / 2; an odd one turns
+// the sign.
 template <class R>
-KD_FN void sincos_turns(R u, R& sine, R& cosine) {
+KD_FN void sincos_turns(R x, R& sine, R& cosine) {
   using M = Real<R>;
-  R quarters = u * 4, rounded = quarters + M::kRound;
-  int quarter = (int)(unsigned)bits<typename M::UInt>(rounded);
-  R x = (quarters - (rounded - M::kRound)) * R(1.5707963267948966), s, c;
-  M::sincos_reduced(x, s, c);
-  R along = quarter & 1 ? s : c, across = quarter & 1 ? c : s;
-  cosine = (quarter + 1) & 2 ? -along : along;
-  sine = quarter & 2 ? -across : across;
+  using UInt = typename M::UInt;
+  constexpr R kHalfTurn = 0x1p-31f;
+  R rounded = x * kHalfTurn + M::kRound, s, c;
+  M::sincos_reduced((x * kHalfTurn - (rounded - M::kRound)) * R(3.1415926535897932), s, c);
+  UInt sign = bits<UInt>(rounded) << (8 * sizeof(R) - 1);
+  sine = bits<R>(bits<UInt>(s) ^ sign);
+  cosine = bits<R>(bits<UInt>(c) ^ sign);
 }
-KD_FN void kd_sincos_turns(float u, float& s, float& c) { sincos_turns(u, s, c); }
-KD_FN void kd_sincos_turns(double u, double& s, double& c) { sincos_turns(u, s, c); }
+KD_FN void kd_sincos_turns(float x, float& s, float& c) { sincos_turns(x, s, c); }
+KD_FN void kd_sincos_turns(double x, double& s, double& c) { sincos_turns(x, s, c); }
 
 // log x of a sum of exponentials: -inf at 0, and what is not finite stays as it is.
 KD_FN double kd_log(double x) {
