@@ -88,11 +88,21 @@ def _squared_error(z: Tensor, v: Tensor, *_: Tensor) -> Tensor:
     return _mean(0.5 * (F.softmax(z, -1) - F.softmax(v, -1)) ** 2)
 
 
-def _alpha_beta(z: Tensor, v: Tensor, *_: Tensor) -> Tensor:
-    a, b = 0.2, 0.7
-    lq, lp = _logs(z, v)
-    sums = a / (a + b) * ((a + b) * lp).exp() + b / (a + b) * ((a + b) * lq).exp()
-    return _mean((sums - (a * lp + b * lq).exp()) / (a * b))
+def _alpha_beta(a: float, b: float) -> Eager:
+    def loss(z: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+        lq, lp = _logs(z, v)
+        sums = a / (a + b) * ((a + b) * lp).exp() + b / (a + b) * ((a + b) * lq).exp()
+        return _mean((sums - (a * lp + b * lq).exp()) / (a * b))
+
+    return loss
+
+
+def _alpha_0(b: float) -> Eager:
+    def loss(z: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+        lq, lp = _logs(z, v)
+        return _mean((b * lq).exp() * b * (lq - lp) - (b * lq).exp() + (b * lp).exp()) / (b * b)
+
+    return loss
 
 
 def _logit_mse(z: Tensor, v: Tensor, *_: Tensor) -> Tensor:
@@ -146,7 +156,9 @@ OBJECTIVES = {
     "skew_reverse_kl(0.1)": Objective({"divergence": kd.SkewReverseKL(0.1)}, _skew_reverse_kl, 3, 1),
     "tvd": Objective({"divergence": "tvd"}, _tvd, 2, 0),
     "squared_error": Objective({"divergence": "squared_error"}, _squared_error, 2, 0),
-    "alpha_beta(0.2, 0.7)": Objective({"divergence": kd.AlphaBeta(0.2, 0.7)}, _alpha_beta, 5, 0),
+    "alpha_beta(0.2, 0.7)": Objective({"divergence": kd.AlphaBeta(0.2, 0.7)}, _alpha_beta(0.2, 0.7), 5, 0),
+    "alpha_beta(0, 0.5)": Objective({"divergence": kd.AlphaBeta(0, 0.5)}, _alpha_0(0.5), 4, 0),
+    "alpha_beta(1.5, -0.5)": Objective({"divergence": kd.AlphaBeta(1.5, -0.5)}, _alpha_beta(1.5, -0.5), 6, 0),
     "logit_mse": Objective({"divergence": kd.LogitMSE()}, _logit_mse, 0, 0),
     "logit_mse, centred": Objective({"divergence": kd.LogitMSE(centered=True)}, _centered_logit_mse, 0, 0),
     "dkd(1, 8)": Objective({"divergence": kd.DKD(1, 8), "hard_weight": 0.0}, _dkd, 2, 0),
@@ -409,7 +421,8 @@ def notes(document: dict[str, Any]) -> list[str]:
     busy = [x["other_cpus"] for x in (*document["divergences"].values(), *document["extras"].values())]
     lines = [
         f"({settings['rows']:,}, {settings['vocab']:,}) {settings['dtype']}, forward + backward, best times; "
-        f"{_machine(settings, environment)}, torch {environment['torch']}; kd_loss on backend='{document['backend']}'.",
+        f"{_machine(settings, environment)}, torch {environment['torch']}; "
+        f"kd_loss on backend='{document['backend']}'.",
         "exp and log: exponentials and logarithms of a class in the C++ library, in forward and backward "
         "together, expm1 and log1p among them.",
         "Share of triad: 2 reads + 1 write of the logits (with targets 3 reads) in that time, over the "

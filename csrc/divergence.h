@@ -191,6 +191,24 @@ struct AlphaBeta : Pair<R> {
   }
 };
 
+// With one exponent of 0, whose limit is taken, and the other, c, above it: e(c) is the only power of the margin.
+template <class R>
+struct AlphaBetaLimit : Pair<R> {
+  R alpha, beta, unused[2];
+  KD_FN Terms<R> terms(R lq, R lp, R, R) const {
+    const R c = alpha + beta, over_c = 1 / c, of_alpha = alpha == 0 ? R(0) : R(1);
+    const R d = lp - lq, student_larger = d < 0 ? R(1) : R(0);
+    const R t = d < -d ? d : -d;
+    const R grown = kd_expm1(c * t), larger = kd_exp(c * (lq > lp ? lq : lp));
+    // Whether the exponent of the larger one is c.
+    const bool is_c = student_larger == of_alpha;
+    const R with_t = larger * (is_c ? 1 + grown : R(1));
+    const R at_c = larger * grown * over_c, at_0 = with_t == 0 ? R(0) : with_t * t;
+    const R minuend = is_c ? at_0 : at_c, subtrahend = is_c ? at_c : at_0;
+    return {(minuend - subtrahend) * over_c, d < 0 ? -subtrahend : minuend};
+  }
+};
+
 // With any exponents: 0, whose limit is taken, or below it, where a power grows with the margin.
 template <class R>
 struct AlphaBetaAny : Pair<R> {
@@ -201,14 +219,15 @@ struct AlphaBetaAny : Pair<R> {
     const R over_alpha = inverse(size_alpha), over_beta = inverse(size_beta);
     const R d = lp - lq, student_larger = d < 0 ? R(1) : R(0);
     const R t = d < -d ? d : -d, f = t < R(-1e30) ? R(-1e30) : t;  // f: no product with it is 0 inf
-    const R at = either(student_larger, size_alpha, size_beta) * f, bt = either(student_larger, size_beta, size_alpha) * f;
-    // e(a) and e(b) for exponents of their sizes; those of negative ones are these times e^(-ct).
-    const R e_a = at == 0 ? t : kd_expm1(at) * either(student_larger, over_alpha, over_beta);
-    const R e_b = bt == 0 ? t : kd_expm1(bt) * either(student_larger, over_beta, over_alpha);
-    const R a = either(student_larger, alpha, beta) * f, b = either(student_larger, beta, alpha) * f;
+    const R of_alpha = alpha * f, of_beta = beta * f;
+    // e of the sizes of the exponents; that of a negative one is this times e^(-ct).
+    const R e_alpha = alpha == 0 ? t : kd_expm1(size_alpha * f) * over_alpha;
+    const R e_beta = beta == 0 ? t : kd_expm1(size_beta * f) * over_beta;
+    const R e_a = lp < lq ? e_alpha : e_beta, e_b = lp < lq ? e_beta : e_alpha;
+    const R grows_alpha = of_alpha > 0 ? of_alpha : R(0), grows_beta = of_beta > 0 ? of_beta : R(0);
     const R log_larger = s * (lq > lp ? lq : lp);
-    const R from_larger = kd_power(log_larger + (a > 0 ? a : R(0)));
-    const R from_both = kd_power(log_larger + a + (b > 0 ? b : R(0)));
+    const R from_larger = kd_power(log_larger + either(student_larger, grows_alpha, grows_beta));
+    const R from_both = kd_power(log_larger + either(student_larger, of_alpha + grows_beta, of_beta + grows_alpha));
     // What underflows weighs nothing, also beside an infinite logarithm.
     const R subtrahend = from_larger * (from_larger == 0 ? R(0) : e_a), minuend = from_both * (from_both == 0 ? R(0) : e_b);
     // With s = 0 the other exponent is -a.
@@ -216,7 +235,7 @@ struct AlphaBetaAny : Pair<R> {
     const R at_s_0 = alpha == 0 ? R(0.5) * t * t : (subtrahend - t) * over_a;
     R phi = s == 0 ? at_s_0 : (minuend - subtrahend) * inverse(s);
     // A difference of infinite powers is infinite; what was no number before stays none.
-    phi = phi == phi ? phi : kd_power(t < 0 ? R(1000) : t);
+    phi = phi == phi ? phi : (t < 0 ? R(__builtin_huge_val()) : 1 + t);
     return {phi, d < 0 ? -subtrahend : minuend};
   }
 };
@@ -282,19 +301,21 @@ struct DKD : Pair<R> {
   }
 };
 
-// Every divergence: X(number, template, name in the Python table). One has no name of its own: it takes the place of
+// Every divergence: X(number, template, name in the Python table). Two have no name of their own: they take the place of
 // AlphaBeta where a parameter is not above 0.
 #define KD_DIVERGENCES(X)                                                                                      \
   X(0, ForwardKL, "forward_kl") X(1, SoftCrossEntropy, "soft_cross_entropy") X(2, ReverseKL, "reverse_kl")     \
   X(3, JSD, "jsd") X(4, SkewKL, "skew_kl") X(5, SkewReverseKL, "skew_reverse_kl") X(6, TVD, "tvd")             \
   X(7, SquaredError, "squared_error") X(8, AlphaBeta, "alpha_beta") X(9, AlphaBetaAny, "alpha_beta <= 0")      \
   X(10, LogitMSE, "logit_mse") X(11, CenteredLogitMSE, "centered_logit_mse") X(12, DKD, "dkd")                 \
-  X(13, BinaryKL, "binary_kl")
+  X(13, BinaryKL, "binary_kl") X(14, AlphaBetaLimit, "alpha_beta = 0")
 
 // The number that a divergence has with these parameters.
 KD_FN int with_parameters(int divergence, const double* params) {
-  constexpr int kAlphaBeta = 8, kAlphaBetaAny = 9;
-  return divergence != kAlphaBeta || (params[0] > 0 && params[1] > 0) ? divergence : kAlphaBetaAny;
+  constexpr int kAlphaBeta = 8, kAlphaBetaAny = 9, kAlphaBetaLimit = 14;
+  if (divergence != kAlphaBeta || (params[0] > 0 && params[1] > 0)) return divergence;
+  bool limit = params[0] >= 0 && params[1] >= 0 && params[0] + params[1] > 0;
+  return limit ? kAlphaBetaLimit : kAlphaBetaAny;
 }
 
 }  // namespace
