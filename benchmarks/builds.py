@@ -174,7 +174,7 @@ def build(launch: Launch, target: str) -> dict[str, Any]:
     kernel = triton.compile(
         ASTSource(launch.kernel, *specialised(launch)),
         target=GPUTarget(*TARGETS[target]),
-        options={"num_warps": warps},
+        options={"num_warps": warps, "enable_fp_fusion": launch.options.get("enable_fp_fusion", True)},
     )
     found = {"warps": warps, "shared": kernel.metadata.shared}
     return found | (_amd(kernel.asm["amdgcn"]) if backend == "hip" else _nvidia(kernel.asm))

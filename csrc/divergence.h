@@ -297,7 +297,8 @@ struct DKD : Pair<R> {
     return beta * (x / s - lse_weighing + lse_other);
   }
   KD_FN Terms<R> terms(R lq, R lp, R, R p) const {
-    return {beta * p * (p > 0 ? lp - lq : R(0)), -beta * p};
+    const R weight = beta * p;
+    return {weight * (weight == 0 ? R(0) : lp - lq), -weight};
   }
 };
 

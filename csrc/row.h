@@ -17,6 +17,7 @@ struct RowState {
   Side one;      // the student at T = 1, where the hard term needs its own
   double cross;  // sum e^a (A a + B b) of a Cross divergence
   double sum_g;  // sum of g of a Pair divergence
+  double top_z, top_v;  // the raw logits that the references at T are of
 };
 
 // What two sums are multiplied by to share a reference, and how far their exponents move.

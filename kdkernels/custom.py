@@ -49,6 +49,11 @@ class Registered:
 
     def __call__(self, *values: float, **named: float) -> Choice:
         """Values of the parameters, in order or by name; those that are left out keep their defaults."""
+        if TABLE[self.name].params != self.params:
+            raise ValueError(
+                f"{self.name} was registered again, with parameters ({', '.join(TABLE[self.name].params)}): "
+                "use what that returned"
+            )
         known = DEFAULTS.get(self.name)
         chosen = dict(zip(self.params, known.params, strict=True)) if known else {}
         if len(values) > len(self.params):

@@ -237,9 +237,9 @@ class AlphaBeta(_Choice):
         α + β = 0: α⁻² Σ [log(q^α/p^α) + (p/q)^α − 1]; both 0: ½ Σ (log p − log q)².
     Gradient with respect to the student's logits, T² included: T·(w − q·Σw), w = (q^(α+β) − p^α q^β)/α, and
         q^β log(q/p) at α = 0.
-    Numbers: no digits are lost near α = 0 or β = 0; where |α + β| is small and not 0, rounding errors of the
-        loss (not of the gradient) grow as 1/|α + β|. With a negative exponent, a class that the student or
-        the teacher all but excludes may make the divergence infinite.
+    Numbers: no digits are lost near α = 0 or β = 0 (below 1e-30 they are 0); where |α + β| is small and not
+        0, rounding errors of the loss (not of the gradient) grow as 1/|α + β|. With a negative exponent, a
+        class that the student or the teacher all but excludes may make the divergence infinite.
     Source: Cichocki et al., "Generalized Alpha-Beta Divergences and Their Application to Robust Nonnegative
         Matrix Factorization", Entropy 2011; for distillation Wang et al., "ABKD", ICML 2025.
 
@@ -258,6 +258,11 @@ class AlphaBeta(_Choice):
 
     def __post_init__(self) -> None:
         self._numbers(unbounded=True)
+
+    @property
+    def params(self) -> tuple[float, ...]:
+        """Both exponents; one too small for a reciprocal in float32 is 0."""
+        return tuple(0.0 if abs(x) < 1e-30 else float(x) for x in (self.alpha, self.beta))
 
 
 @dataclass(frozen=True)
@@ -387,8 +392,18 @@ def resolve(divergence: str | Parametrised) -> tuple[str, tuple[float, ...]]:
             )
         else:
             raise ValueError(f"divergence must be {_choices()}, got {divergence!r}")
+    if isinstance(divergence, type):
+        raise TypeError(
+            f"divergence must be an object, got the class {divergence.__name__}: call it, as in "
+            f"{divergence.__name__}()"
+        )
     if isinstance(divergence, Parametrised) and divergence.name in TABLE:
         wanted, given = TABLE[divergence.name].params, divergence.params
+        if any(isinstance(value, str) for value in given):
+            raise TypeError(
+                f"divergence {divergence.name!r} has parameters ({', '.join(wanted)}): call what "
+                "register_divergence returned with their values, and pass what that gives"
+            )
         if len(given) != len(wanted):
             raise ValueError(
                 f"divergence {divergence.name!r} has parameters ({', '.join(wanted)}), got {given}"

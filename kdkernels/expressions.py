@@ -235,8 +235,8 @@ def g_binary_cross_entropy(z: Any, y: Any) -> Any:
 
 def phi_dkd(lq: Any, lp: Any, alpha: float, beta: float) -> Any:
     """φ = β p (lp − lq), over the classes that are not the target; the target's term is α·`binary_kl`."""
-    p = xp.exp(lp)
-    return beta * p * xp.where(p == 0, 0.0, lp - lq)
+    weight = beta * xp.exp(lp)
+    return weight * xp.where(weight == 0, 0.0, lp - lq)
 
 
 def g_dkd(lq: Any, lp: Any, alpha: float, beta: float) -> Any:

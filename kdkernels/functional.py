@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -226,6 +226,10 @@ def explain(student: Source, teacher: Teacher, labels: Tensor | None = None, **o
         RuntimeError: A named backend that can't run here.
     """
     options = complete(options)
+    for side in ("student_noise", "teacher_noise"):
+        # A seed would come from torch's generator, and the next call would get another one.
+        if isinstance(noise := options[side], LogitNoise) and noise.seed is None:
+            options[side] = replace(noise, seed=0)
     call = checked_call(student, teacher, labels, options, stats=False)
     chosen = registry.choose(options["backend"], call)
     reasons = {b.name: registry.reason(b, call) for b in registry.BACKENDS.values()}
@@ -510,6 +514,8 @@ def _check_num_items(num_items: Any, reduction: str, z: Tensor) -> None:
             raise ValueError(
                 f"num_items must be a number or a 0-d tensor, got shape {tuple(num_items.shape)}"
             )
+        if num_items.dtype == torch.bool or num_items.dtype.is_complex:
+            raise TypeError(f"num_items must be a real number, got a tensor of {num_items.dtype}")
         if num_items.requires_grad:
             raise ValueError("num_items must not require grad; pass num_items.detach()")
         if num_items.device.type != "cpu" and num_items.device != z.device:
@@ -517,6 +523,8 @@ def _check_num_items(num_items: Any, reduction: str, z: Tensor) -> None:
                 f"num_items must be on the CPU or the logits' device {z.device}, got {num_items.device}; "
                 "move it with .to"
             )
+        if num_items.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_num_items(num_items.item(), reduction, z)
     elif isinstance(num_items, bool) or not isinstance(num_items, (int, float)):
         raise TypeError(f"num_items must be a number or a 0-d tensor, got {type(num_items).__name__}")
     elif not 0 <= num_items < math.inf:

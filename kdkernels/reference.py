@@ -170,7 +170,9 @@ def _around_target(
     # Where the teacher is sure of the target, what the others share is nothing.
     nobody = torch.isneginf(logs[1]).all(-1, keepdim=True)
     among = _sum(divergence, params, logs[0].masked_fill(nobody, -torch.inf), logs[1])
-    return (params[0] * phi_binary_kl(*margins) + among) * poison
+    # A term of weight 0 is absent, also where it is infinite.
+    around = params[0] * phi_binary_kl(*margins) if params[0] != 0 else 0.0
+    return (around + among) * poison
 
 
 def _in_range(target: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

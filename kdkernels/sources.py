@@ -128,8 +128,10 @@ def _numbers(weights: Sequence[float], teachers: int) -> tuple[float, ...]:
         raise ValueError(
             f"weights of Mixture must be one for each of {teachers} teachers, got {len(weights)}"
         )
-    if not all(0 <= w < math.inf for w in weights) or not sum(weights) > 0:
-        raise ValueError(f"weights of Mixture must be >= 0, finite and not all 0, got {list(weights)}")
+    if not all(0 <= w < math.inf for w in weights) or not 0 < sum(weights) < math.inf:
+        raise ValueError(
+            f"weights of Mixture must be >= 0, finite, also in sum, and not all 0, got {list(weights)}"
+        )
     return tuple(weights)
 
 
@@ -246,6 +248,6 @@ def _mixture_weights(source: Mixture, logits: list[Tensor], wide: bool) -> Tenso
             "weights of Mixture require grad, and kd_loss gives them none; pass weights.detach()"
         )
     weights = weights.detach().to(torch.float64 if weights.dtype == torch.float64 else dtype)
-    # Negative ones make their row NaN where nobody may look.
-    weights = torch.where(weights < 0, math.nan, weights)
+    # Negative ones make their row NaN where nobody may look. Relative to the largest no sum overflows.
+    weights = torch.where(weights < 0, math.nan, weights / weights.amax(-1, keepdim=True))
     return weights / weights.sum(-1, keepdim=True)

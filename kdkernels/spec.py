@@ -112,6 +112,8 @@ def new_spec(
     T = _finite("temperature", temperature)
     if T <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not 1e-150 < T < 1e150:
+        raise ValueError(f"temperature must have a square that is a float, got {temperature}")
     soft = _finite("soft_weight", soft_weight)
     hard = 0.0 if hard_weight is None else _finite("hard_weight", hard_weight)
     if reduction not in REDUCTIONS:

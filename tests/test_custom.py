@@ -289,6 +289,7 @@ def test_a_backend_that_disagrees_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     number = BACKEND._library.number("reverse_kl")
     kd.register_divergence("hellinger", phi_hellinger, g_hellinger)
     monkeypatch.setitem(BACKEND._library._numbers, "hellinger", number)
+    monkeypatch.setattr("kdkernels.backends.cpu.BUILT_IN", {"hellinger"})
     with pytest.raises(ValueError, match="loss of 'hellinger' on backend='cpu' is off by"):
         kd.check_divergence("hellinger")
 
@@ -321,3 +322,21 @@ def test_xp_need_not_be_bound(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "brier()" in done.stdout
+
+
+def test_a_handle_is_called_for_its_parameters() -> None:
+    """Uncalled, or from before the name was given to another, it says so."""
+    z, v = logits()
+    first = kd.register_divergence("weighted", phi_weighted, g_weighted, {"weight": 2.0, "power": 1.0})
+    with pytest.raises(TypeError, match=r"'weighted' has parameters \(weight, power\): call what"):
+        kd.kd_loss(z, v, divergence=first)
+    kd.register_divergence("weighted", phi_hellinger, g_hellinger, replace=True)
+    with pytest.raises(ValueError, match="registered again"):
+        first(1.0, 2.0)
+
+
+def test_a_name_of_the_library_is_nobodys() -> None:
+    """It has names of its own for forms of a divergence, which a caller may choose, too."""
+    kd.register_divergence("alpha_beta <= 0", phi_hellinger, g_hellinger)
+    z, v = logits()
+    assert "C++" in str(kd.explain(z, v, divergence="alpha_beta <= 0").reasons["cpu"])

@@ -484,3 +484,37 @@ def test_no_warning_where_labels_are_used(z: Tensor, v: Tensor, backend: str) ->
         kd.kd_loss(z, v, labels, hard_weight=0.5, backend=backend)
         kd.kd_loss(z, v, mask=labels != -100, backend=backend)
         kd.kd_loss(z, v, labels, divergence="dkd", backend=backend)  # its soft term uses them
+
+
+def test_a_divergence_that_was_not_called(backend: str) -> None:
+    """The class, or what registration returned, without its parameters."""
+    z = torch.zeros(2, 3)
+    with pytest.raises(TypeError, match=r"divergence.*class JSD.*JSD\(\)"):
+        kd.kd_loss(z, z, divergence=kd.JSD, backend=backend)
+    with pytest.raises(TypeError, match=r"divergence.*class DKD"):
+        kd.KDLoss(divergence=kd.DKD)
+
+
+@pytest.mark.parametrize(
+    "given, error, says",
+    [
+        (torch.tensor(-2.0), ValueError, "num_items.*-2"),
+        (torch.tensor(float("nan")), ValueError, "num_items.*nan"),
+        (torch.tensor(True), TypeError, "num_items.*bool"),
+        (torch.tensor(2j), TypeError, "num_items.*complex"),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_is_no_count(backend: str, given: Any, error: type[Exception], says: str) -> None:
+    """Refused where it can be looked at, as a number is."""
+    z = torch.zeros(2, 3)
+    with pytest.raises(error, match=says):
+        kd.kd_loss(z, z, num_items=given.cpu(), backend=backend)
+
+
+@pytest.mark.parametrize("T", [1e-200, 1e200])
+def test_a_temperature_without_a_square(backend: str, T: float) -> None:
+    """T² would be 0 or infinite."""
+    z = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"temperature.*square"):
+        kd.kd_loss(z, z, temperature=T, backend=backend)

@@ -436,3 +436,89 @@ def test_an_ignored_bad_row_poisons_nothing(
     assert torch.equal(loss, clean)
     assert (grad[2:4] == 0).all()
     assert torch.equal(grad, clean_grad)
+
+
+# What is large, infinite, or of weight 0
+
+
+@pytest.mark.parametrize("fill", [-1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("T", [0.7, 3.0, 5.0])
+@pytest.mark.parametrize("name", [*KLS, "tvd"])
+def test_long_runs_of_masked_classes(backend: str, fill: float, T: float, name: Any) -> None:
+    """Whole blocks of classes that a model masks with a large finite number: of weight 0, and no NaN."""
+    z, v = (logits(2, 4096, dtype=torch.float32) for _ in range(2))
+    z[:, 1024:2048] = v[:, 1024:2048] = fill
+    check(z, v, torch.tensor([3, 5]), Options(name, temperature=T, hard_weight=0.3), backend=backend)
+
+
+@pytest.mark.parametrize("name", [*KLS, "tvd"])
+def test_exponents_larger_than_any_rounding(backend: str, name: Any) -> None:
+    """At 1e10 an ulp is 1,024: the largest logit has all of the mass all the same."""
+    z, v = (1e10 * logits(3, 3000, dtype=torch.float32) for _ in range(2))
+    options = Options(name, temperature=3.0)
+    loss, grad = our_result(z, v, None, options, backend)
+    exact = truth(z, v, None, options)
+    torch.testing.assert_close(loss.double(), exact.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_a_binary_soft_term_of_weight_0_is_absent(backend: str) -> None:
+    """Whatever its teacher holds."""
+    z, y = torch.tensor([[0.5, 1.0, -1.0]], requires_grad=True), torch.tensor([[1.0, 0.0, 1.0]])
+    v = torch.tensor([[nan, 0.0, 1.0]])
+    loss = kd.kd_loss(z, v, y, divergence=kd.BinaryKL(), soft_weight=0.0, hard_weight=1.0, backend=backend)
+    (grad,) = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(z.detach(), y, reduction="sum"))
+    torch.testing.assert_close(grad, z.detach().sigmoid() - y)
+
+
+@pytest.mark.parametrize(
+    "z, weights, expected",
+    [
+        ([1.0, -inf, -inf], (1.0, 1.0), inf),  # nothing left for the others
+        ([-inf, 1.0, 2.0], (0.0, 1.0), None),  # the target's term is infinite, and of weight 0
+        ([1.0, -inf, 2.0], (1.0, 0.0), None),  # the others' is
+    ],
+)
+def test_dkd_of_impossible_classes(
+    backend: str, z: list[float], weights: tuple[float, float], expected: float | None
+) -> None:
+    """An infinite term makes the loss infinite, unless its weight is 0: then it is absent."""
+    student, v, label = torch.tensor([z]), torch.tensor([[0.5, 1.0, -1.0]]), torch.tensor([0])
+    loss = kd.kd_loss(student, v, label, divergence=kd.DKD(*weights), hard_weight=0.0, backend=backend)
+    if expected is None:
+        p, q = v.softmax(-1)[0], student.softmax(-1)[0]
+        if weights[0]:
+            two = [torch.stack([x[0], 1 - x[0]]) for x in (p, q)]
+        else:
+            two = [x[1:] / x[1:].sum() for x in (p, q)]
+        expected = (two[0] * (two[0] / two[1]).log()).sum().item()
+    torch.testing.assert_close(loss.item(), expected, rtol=1e-5, atol=0)
+
+
+def test_an_exponent_that_goes_to_0(backend: str) -> None:
+    """An alpha-beta divergence under a schedule ends in its limit, not in a reciprocal that overflows."""
+    z, v = logits(2, 9, dtype=torch.float32), logits(2, 9, dtype=torch.float32)
+    limit = kd.kd_loss(z, v, divergence=kd.AlphaBeta(0.0, 0.5), backend=backend)
+    for alpha in (1e-32, 1e-39, 1e-46, 1e-300, -1e-40):
+        assert torch.equal(kd.kd_loss(z, v, divergence=kd.AlphaBeta(alpha, 0.5), backend=backend), limit)
+    close_to = kd.kd_loss(z, v, divergence=kd.AlphaBeta(1e-20, 0.5), backend=backend)
+    torch.testing.assert_close(close_to, limit, rtol=1e-5, atol=0)
+
+
+def test_weights_whose_sum_would_overflow(backend: str) -> None:
+    """Only their ratios matter."""
+    z, v, u = (logits(2, 9, dtype=torch.float32) for _ in range(3))
+    huge = kd.Mixture([v, u], torch.tensor([3e38, 3e38]))
+    assert torch.equal(
+        kd.kd_loss(z, huge, backend=backend), kd.kd_loss(z, kd.Mixture([v, u]), backend=backend)
+    )
+    with pytest.raises(ValueError, match=r"weights of Mixture.*sum"):
+        kd.Mixture([v, u], [1e308, 1e308])
+
+
+def test_explaining_draws_nothing() -> None:
+    """A line of diagnosis leaves torch's generator, and so the run, as it was."""
+    before = torch.get_rng_state()
+    kd.explain(torch.zeros(1, 2), torch.zeros(1, 2), student_noise=kd.LogitNoise(0.1))
+    assert torch.equal(before, torch.get_rng_state())

@@ -195,9 +195,9 @@ struct Scratch {
       kept.other = p + row;
       p += 2 * row;
       if (own) kept.one = p, p += row;
-      kept.z_ref = p;
-      kept.v_ref = p + blocks;
-      kept.one_ref = p + 2 * blocks;
+      kept.z_ref = (double*)p;
+      kept.v_ref = kept.z_ref + blocks;
+      kept.one_ref = kept.v_ref + blocks;
       p += row;
     }
     if (mixes) kept.mixed = p, p += row;
@@ -354,8 +354,8 @@ void do_rows(int64_t first, int64_t last, void* context) {
     } else {
       if constexpr (plain) normalise<R, ForwardKL<R>, false, false>(whole, row, kept);
       int64_t best_z, best_v;
-      figures[kRowEntropyZ] = entropy<R>(whole.z, row.z, f.cz, c.classes, &best_z);
-      figures[kRowEntropyV] = entropy<R>(whole.v, row.v, f.cv, c.classes, &best_v);
+      figures[kRowEntropyZ] = entropy<R>(whole.z, row.z, row.top_z, f.cz, c.classes, &best_z);
+      figures[kRowEntropyV] = entropy<R>(whole.v, row.v, row.top_v, f.cv, c.classes, &best_v);
       figures[kRowAgrees] = best_z == best_v;
       figures[kRowCorrect] = label >= 0 && best_z == label;
     }

@@ -140,8 +140,9 @@ void add_noise(const RowNoise& row, int64_t begin, int64_t n, Later later, R* x)
     R* factors = (R*)row.factors + begin;
     each_noise<R>(row, begin, n, later, [=](int64_t i, R noise) {
       R factor = 1 + noise;
-      x[i] = x[i] == -Real<R>::kInf ? x[i] : x[i] * factor;
-      factors[i] = factor;
+      bool impossible = x[i] == -Real<R>::kInf;
+      x[i] = impossible ? x[i] : x[i] * factor;
+      factors[i] = impossible ? R(1) : factor;
     });
   } else {
     each_noise<R>(row, begin, n, later, [=](int64_t i, R noise) {

@@ -29,12 +29,54 @@ struct Output {
   bool past_cache;
 };
 
-// The reference of exponents c * x - ref, given the maximum of x: 0 where no x is finite. An infinite maximum makes the
-// row NaN, as it does in any softmax.
+// Exponents c * x - ref of a block, relative to their maximum: ref = c * top. An infinite maximum makes the row NaN, as it
+// does in any softmax.
+//
+// c * x - minus is rounded once, so that at the maximum the rounding error of c * top is left. Of a small ref it is nothing,
+// of a large one it may be any exponent: there x is made relative to its maximum first, and minus is 0.
 template <class R>
-KD_FN R reference(R maximum, R c) {
-  return maximum == -Real<R>::kInf ? R(0) : maximum * c;
+KD_FN bool is_large(R ref) {
+  constexpr R kLarge = 1 << 20;
+  return !(ref > -kLarge && ref < kLarge);
 }
+
+template <class R>
+const R* relative_to(R top, const R* x, int64_t n, R* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = x[i] - top;
+  return to;
+}
+
+template <class R>
+struct Relative {
+  const R* x;
+  R top;
+  bool large;
+
+  R minus(R c) const { return large ? R(0) : top * c; }
+  double ref(R c) const { return large ? (double)top * (double)c : (double)(top * c); }
+};
+
+// Of a block x, for exponents with either factor. Where they are -inf all over, ref is 0. `to` may be where x is.
+template <class R>
+Relative<R> relative(const R* x, int64_t n, R c, R other, R* to) {
+  R top = maximum(x, n);
+  if (top * c == -Real<R>::kInf || top * other == -Real<R>::kInf) top = 0;
+  bool large = is_large(top * c) || is_large(top * other);
+  return {large ? relative_to(top, x, n, to) : x, top, large};
+}
+
+// The same for all blocks of a row whose reference is that of its maximum.
+template <class R>
+struct RelativeToRow {
+  R top, minus;
+  bool large;
+
+  RelativeToRow(double ref, double top) : top((R)top), minus((R)ref), large(is_large((R)ref)) {
+    if (large) minus = 0;
+  }
+  const R* block(const R* x, int64_t n, R* to) const { return large ? relative_to(top, x, n, to) : x; }
+};
 
 // The address of what phase 1 prefetches while it works on class `begin` + i of a side: it computes for longer than a block
 // takes to arrive, but the processor's own prefetcher only looks ahead while a row is being read. It may lie past the row,
@@ -64,7 +106,7 @@ constexpr bool kReadsTeacher<NoDivergence<R>> = false;
 template <class R>
 struct Kept {
   R *z, *other, *one;          // [classes]; `one` is null where T = 1 or there is no hard term
-  R *z_ref, *v_ref, *one_ref;  // [blocks]
+  double *z_ref, *v_ref, *one_ref;  // [blocks]
   R *mixed, *mixed_no;         // [classes]; the teachers' mean, and where classes are binary, of their noes
   R* factors;                  // [classes]; of multiplicative noise on the student
 };
@@ -81,13 +123,19 @@ void normalise(const Frame<R>& f, RowState& row, const Kept<R>& kept) {
   for (int64_t begin = 0, b = 0; begin < f.classes; begin += kBlock, ++b) {
     int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
     const R* z = read(f.z, begin, n, z_block);
-    R cz = f.cz, one = f.one, mz = maximum(z, n), rz = reference(mz, cz), r1 = reference(mz, one), rv = 0;
+    R cz = f.cz, one = f.one;
+    const Relative<R> of_z = relative(z, n, cz, one, z_block);
+    Relative<R> of_v{};
+    z = of_z.x;
+    R rz = of_z.minus(cz), r1 = of_z.minus(one);
     R *keep_z = kept.z + begin, *keep_other = kept.other + begin, *keep_one = kept.one + begin;
     RowState block{};
     if constexpr (kReadsTeacher<D>) {
       const R* v = read(f.v, begin, n, v_block);
       R cv = f.cv;
-      rv = reference(maximum(v, n), cv);
+      of_v = relative(v, n, cv, cv, v_block);
+      v = of_v.x;
+      R rv = of_v.minus(cv);
       Ahead next_z(f.z, begin), next_v(f.v, begin);
       R sums[4];
       accumulate(n, sums, [=](int64_t i, R(&term)[4]) KD_INLINE {
@@ -113,24 +161,26 @@ void normalise(const Frame<R>& f, RowState& row, const Kept<R>& kept) {
         __builtin_prefetch(next_z.at(i));
         __builtin_prefetch(next_v.at(i));
       });
-      block.z = {rz, sums[0]};
-      block.v = {rv, sums[1]};
+      block.z = {of_z.ref(cz), sums[0]};
+      block.v = {of_v.ref(cv), sums[1]};
       block.cross = sums[2];
-      if (kOwnSum) block.one = {r1, sums[3]};
+      if (kOwnSum) block.one = {of_z.ref(one), sums[3]};
     } else {
       R sums[1];
       accumulate(n, sums, [=](int64_t i, R(&term)[1]) KD_INLINE {
         term[0] = kd_exp(z[i] * cz - rz);
         if constexpr (kKeep) keep_z[i] = term[0];
       });
-      block.z = {rz, sums[0]};
+      block.z = {of_z.ref(cz), sums[0]};
     }
     if constexpr (kKeep) {
-      kept.z_ref[b] = rz;
-      kept.v_ref[b] = rv;
-      kept.one_ref[b] = r1;
+      kept.z_ref[b] = block.z.ref;
+      kept.v_ref[b] = block.v.ref;
+      kept.one_ref[b] = block.one.ref;
     }
     merge(row, block, D::kTeacherWeighs, D::kA, D::kB);
+    if (row.z.ref == block.z.ref) row.top_z = of_z.top;
+    if (row.v.ref == block.v.ref) row.top_v = of_v.top;
   }
 }
 
@@ -151,14 +201,15 @@ KD_FN Terms<R> terms_of(const D& d, R lq, R lp, R q, R p) {
 template <class R, class D>
 double sum_pairs(const Frame<R>& f, D d, RowState& row, const Kept<R>& kept) {
   alignas(64) R z_block[kBlock], v_block[kBlock];
-  R rz = (R)row.z.ref, rv = (R)row.v.ref, lz = (R)kd_log(row.z.sum), lv = (R)kd_log(row.v.sum), cz = f.cz, cv = f.cv;
+  const RelativeToRow<R> of_z(row.z.ref, row.top_z), of_v(row.v.ref, row.top_v);
+  R rz = of_z.minus, rv = of_v.minus, lz = (R)kd_log(row.z.sum), lv = (R)kd_log(row.v.sum), cz = f.cz, cv = f.cv;
   double phi_sum = 0, g_sum = 0;
   for (int64_t b = blocks_of(f.classes) - 1; b >= 0; --b) {
     int64_t begin = b * kBlock, n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
     const R *z = nullptr, *v = nullptr, *ez = kept.z + begin;
     if constexpr (D::kLogs) {
-      z = read(f.z, begin, n, z_block);
-      v = read(f.v, begin, n, v_block);
+      z = of_z.block(read(f.z, begin, n, z_block), n, z_block);
+      v = of_v.block(read(f.v, begin, n, v_block), n, v_block);
     }
     R* ev_then_g = kept.other + begin;
     Ahead before_z(f.z, begin - kBlock - kAhead), before_v(f.v, begin - kBlock - kAhead);
@@ -194,7 +245,11 @@ template <class R, class D>
 double closed_form(const D& d, const RowState& row) {
   const Side &a = D::kTeacherWeighs ? row.v : row.z, &b = D::kTeacherWeighs ? row.z : row.v;
   // Where the teacher is sure of the target, the others share nothing.
-  if (D::kTarget && a.sum == 0) return 0;
+  if constexpr (D::kTarget) {
+    if (a.sum == 0 || d.beta == 0) return 0;
+    // What the student gives none of the others is infinitely far.
+    if (b.sum == 0) return d.beta * Real<double>::kInf;
+  }
   return d.value(row.cross, a.sum, kd_log(a.sum), kd_log(b.sum));
 }
 
@@ -365,7 +420,7 @@ Plain plain_row(const Frame<R>& f, const D& d, double mean, const Reader* target
     R sums[3];
     accumulate(n, sums, [=, &block](int64_t i, R(&term)[3]) KD_INLINE {
       Terms<R> soft_terms = terms_of(d, z[i] * cz - off, v[i] * cv, R(0), R(0));
-      R dz = W * soft_terms.g;
+      R dz = W == 0 ? R(0) : W * soft_terms.g;  // a term of weight 0 is absent, also where it is infinite
       term[0] = soft_terms.phi;
       term[1] = term[2] = 0;
       if constexpr (D::kBinary && kHard != kNoHard) {
@@ -386,9 +441,6 @@ Plain plain_row(const Frame<R>& f, const D& d, double mean, const Reader* target
     total.hard += sums[1];
     total.bad |= sums[2] != 0;
     if (!out) continue;
-    // A term of weight 0 is absent, also where it is infinite.
-    if (!D::kBinary && W == 0)
-      for (int64_t i = 0; i < n; ++i) block[i] = kHard != kNoHard ? C * e1[i] : R(0);
     if (!D::kBinary && kHard != kNoHard && label >= begin && label < begin + n) block[label - begin] -= (R)hard;
     through_post_processing(f.z, begin, n, block);
     write(out->row, out->type, begin, n, block, out->past_cache);
@@ -415,22 +467,28 @@ void mix(const Reader* teachers, const double* to_exponent, const double* weight
     double weight = weights[m];
     if (weight == 0) continue;
     const Reader& v = teachers[m];
-    R c = (R)to_exponent[m], w = (R)weight, ref = 0, minus = 0;
+    R c = (R)to_exponent[m], w = (R)weight, minus = 0;
+    double ref = 0, top = 0;
     if (!binary) {
       Side side{};
       for (int64_t begin = 0; begin < classes; begin += kBlock) {
         int64_t n = classes - begin < kBlock ? classes - begin : kBlock;
         const R* x = read(v, begin, n, block);
-        R local = reference(maximum(x, n), c), sums[1];
+        const Relative<R> of = relative(x, n, c, c, block);
+        x = of.x;
+        R local = of.minus(c), sums[1];
         accumulate(n, sums, [=](int64_t i, R(&term)[1]) KD_INLINE { term[0] = kd_exp(x[i] * c - local); });
-        merge(side, Side{local, sums[0]});
+        merge(side, Side{of.ref(c), sums[0]});
+        if (side.ref == of.ref(c)) top = of.top;
       }
-      ref = (R)side.ref;
+      ref = side.ref;
       minus = (R)(kd_log(side.sum) - kd_log(weight));
     }
+    const RelativeToRow<R> relate(ref, top);
+    const R shift = relate.minus;
     for (int64_t begin = 0; begin < classes; begin += kBlock) {
       int64_t n = classes - begin < kBlock ? classes - begin : kBlock;
-      const R* x = read(v, begin, n, block);
+      const R* x = relate.block(read(v, begin, n, block), n, block);
       R *to = kept.mixed + begin, *no = kept.mixed_no + begin;
       if (binary) {
 #pragma omp simd
@@ -441,15 +499,15 @@ void mix(const Reader* teachers, const double* to_exponent, const double* weight
         }
       } else if (first) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) to[i] = x[i] * c - ref - minus;
+        for (int64_t i = 0; i < n; ++i) to[i] = x[i] * c - shift - minus;
       } else {
 #pragma omp simd
-        for (int64_t i = 0; i < n; ++i) to[i] = log_of_sum(to[i], x[i] * c - ref - minus);
+        for (int64_t i = 0; i < n; ++i) to[i] = log_of_sum(to[i], x[i] * c - shift - minus);
       }
     }
     first = false;
   }
-  if (first)  // no weight at all, or one that isn't a number
+  if (first)  // no weight at all
     for (int64_t i = 0; i < classes; ++i) kept.mixed[i] = __builtin_nanf("");
   if (binary && !first)
 #pragma omp simd
@@ -464,14 +522,15 @@ void mix(const Reader* teachers, const double* to_exponent, const double* weight
 // ------------------------------------------------------------------------------------------ figures
 
 template <class R>
-double entropy(const Reader& r, const Side& side, R c, int64_t classes, int64_t* best) {
+double entropy(const Reader& r, const Side& side, double row_top, R c, int64_t classes, int64_t* best) {
   alignas(64) R block[kBlock];
-  R ref = (R)side.ref, top = -Real<R>::kInf;
+  const RelativeToRow<R> relate(side.ref, row_top);
+  R ref = relate.minus, top = -Real<R>::kInf;
   double x = 0;
   *best = 0;
   for (int64_t begin = 0; begin < classes; begin += kBlock) {
     int64_t n = classes - begin < kBlock ? classes - begin : kBlock;
-    const R* w = read(r, begin, n, block);
+    const R* w = relate.block(read(r, begin, n, block), n, block);
     R sums[1];
     accumulate(n, sums, [=](int64_t i, R(&term)[1]) KD_INLINE {
       R y = w[i] * c - ref, e = kd_exp(y);

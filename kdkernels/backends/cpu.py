@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
+from ..divergences import BUILT_IN
 from ..layout import common_rows
 from ..noise import Noise
 from ..reference import UNLABELLED, check_labels, compute_dtype, label_error
@@ -59,7 +60,8 @@ class CpuBackend:
 
     def knows(self, divergence: str) -> str | None:
         """None where the library has the divergence, else why not."""
-        if self._library.number(divergence) < 0:
+        # The library has names of its own beside those, for forms of a divergence.
+        if divergence not in BUILT_IN or self._library.number(divergence) < 0:
             return f"has no C++ expression of the divergence {divergence!r}"
         return None
 

@@ -430,7 +430,8 @@ def row_kernel(
                 y_t = z_t * by_z
                 margin_z = y_t - rz - log_z
                 margin_v = u_t - rv - log_v
-                around = a0 * PHI_OF_MARGINS(margin_z, margin_v)
+                # A term of weight 0 is absent, also where it is infinite.
+                around = tl.where(a0 == 0, 0.0, a0 * PHI_OF_MARGINS(margin_z, margin_v))
                 # A counted row needs a label.
                 gamma = a0 * G_OF_MARGINS(margin_z, margin_v) + tl.where(valid, 0.0, NAN)
             if HARD != NO_HARD and not BINARY:
@@ -476,16 +477,16 @@ def row_kernel(
                     soft = cross / sz - A * lse_z - B * lse_v
                 sum_g += SUM_G
                 if TIMES == 0:
-                    soft *= a0
+                    soft = tl.where(a0 == 0, 0.0, soft * a0)
                     sum_g *= a0
                 elif TIMES == 1:
-                    soft *= a1
+                    soft = tl.where(a1 == 0, 0.0, soft * a1)
                     sum_g *= a1
                 elif TIMES == 2:
-                    soft *= a2
+                    soft = tl.where(a2 == 0, 0.0, soft * a2)
                     sum_g *= a2
                 elif TIMES == 3:
-                    soft *= a3
+                    soft = tl.where(a3 == 0, 0.0, soft * a3)
                     sum_g *= a3
                 if SUM_G_PER_D != 0:  # 0 times an infinite D isn't 0
                     sum_g += SUM_G_PER_D * soft
