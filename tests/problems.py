@@ -164,7 +164,9 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Probl
     rows = tuple(draw(st.lists(st.integers(0, 4), max_size=4)))
     while prod(rows) > 32:  # more of the same, at milliseconds a row where kernels are interpreted
         rows = rows[:-1]
-    vocab = draw(st.integers(1, 40) | st.sampled_from([64, 65, 128, 259]))
+    vocab = draw(st.integers(1, 40) | st.sampled_from([64, 65, 128, 259, 1030, 2500]))
+    if vocab > 259:  # blocks of a thousand classes, and then more
+        rows = rows[:1]
     o = draw(option_sets())
     other = vocab if o.binary else max(1, vocab + draw(st.integers(-3, 3)))
     pad = other != vocab or draw(st.booleans())
