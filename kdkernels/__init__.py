@@ -5,7 +5,7 @@ from .divergences import DKD, JSD, AlphaBeta, BinaryKL, LogitMSE, SkewKL, SkewRe
 from .functional import Explanation, KDStats, explain, kd_loss, kd_loss_with_stats, shift_labels
 from .modules import KDLoss
 from .noise import LogitNoise
-from .sources import Logits, Mixture
+from .sources import Head, Logits, Mixture
 
 __all__ = [
     "DKD",
@@ -13,6 +13,7 @@ __all__ = [
     "AlphaBeta",
     "BinaryKL",
     "Explanation",
+    "Head",
     "KDLoss",
     "KDStats",
     "LogitMSE",

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import ops, reference, registry
-from .autograd import run_fused
+from . import linear, ops, reference, registry
+from .autograd import run_fused, run_linear
 from .caller import warn_once
 from .divergences import Parametrised
 from .noise import LogitNoise, Noise, seed_tensor
-from .sources import LOGIT_DTYPES, Logits, Mixture, PostProcessing, unwrap, unwrap_teachers
+from .sources import LOGIT_DTYPES, Head, Logits, Mixture, PostProcessing, unwrap, unwrap_teachers
 from .spec import Call, LossSpec, make_spec, new_spec
 
-Source = Tensor | Logits
-Teacher = Tensor | Logits | Mixture
+Source = Tensor | Logits | Head
+Teacher = Tensor | Logits | Head | Mixture
 Reduction = Literal["mean", "sum", "none"]
 BackendName = Literal["reference", "cpu", "triton", "cuda"]
 
@@ -94,6 +95,8 @@ def kd_loss(
     reduction: Reduction = "mean",
     num_items: Tensor | float | None = None,
     pad_vocab: bool = False,
+    memory_budget: int | str | None = None,
+    drop_masked: bool | Literal["auto"] = "auto",
     teacher_requires_grad: Literal["error", "ignore"] = "error",
     backend: BackendName | None = None,
 ) -> Tensor:
@@ -177,9 +180,11 @@ def kd_loss(
         "reduction": reduction,
         "num_items": num_items,
         "pad_vocab": pad_vocab,
+        "memory_budget": memory_budget,
+        "drop_masked": drop_masked,
         "teacher_requires_grad": teacher_requires_grad,
     }
-    loss, _ = _run(checked_call(student, teacher, labels, options, stats=False), backend)
+    loss, _ = _run(checked_call(student, teacher, labels, options, stats=False), options, backend)
     return loss
 
 
@@ -203,7 +208,9 @@ def kd_loss_with_stats(
         RuntimeError: As `kd_loss`.
     """
     options = complete(options)
-    loss, stats = _run(checked_call(student, teacher, labels, options, stats=True), options["backend"])
+    loss, stats = _run(
+        checked_call(student, teacher, labels, options, stats=True), options, options["backend"]
+    )
     assert stats is not None
     return loss, KDStats(*stats.unbind())
 
@@ -260,6 +267,7 @@ _DEFAULTS: dict[str, Any] = {
     p.name: p.default for p in inspect.signature(kd_loss).parameters.values() if p.kind is p.KEYWORD_ONLY
 }
 _TEACHER_CHOICES = ("error", "ignore")
+_DROP_CHOICES = ("auto", True, False)
 _SPEC_OPTIONS = (
     "divergence",
     "temperature",
@@ -288,6 +296,8 @@ def check_options(options: dict[str, Any]) -> None:
     options = complete(options)
     _spec(options, (1.0, None), ((1.0, None),), stats=False)
     _check_choice("teacher_requires_grad", options["teacher_requires_grad"], _TEACHER_CHOICES)
+    _bytes(options["memory_budget"])
+    _check_choice("drop_masked", options["drop_masked"], _DROP_CHOICES)
     if options["backend"] is not None:
         _check_choice("backend", options["backend"], tuple(registry.BACKENDS))
 
@@ -337,16 +347,55 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _run(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
+def _run(call: Call, options: dict[str, Any], backend: str | None) -> tuple[Tensor, Tensor | None]:
+    heads = linear.is_linear(call)
     if torch.compiler.is_compiling():
         if registry.is_fused(backend, call.spec.divergence, call.student.device.type):
-            return ops.kd_loss(call, backend)
+            return ops.kd_heads(_job(call, options), backend) if heads else ops.kd_loss(call, backend)
         # Plain torch, which the compiler fuses itself.
-        return reference.kd_loss(call)
+        return linear.unfused(_job(call, options)) if heads else reference.kd_loss(call)
     chosen = registry.choose(backend, call)
     if chosen.name == "reference":
-        return reference.kd_loss(call)
-    return run_fused(chosen, call)
+        return linear.unfused(_job(call, options)) if heads else reference.kd_loss(call)
+    return run_linear(chosen, _job(call, options)) if heads else run_fused(chosen, call)
+
+
+def _job(call: Call, options: dict[str, Any]) -> linear.Job:
+    drop, device = options["drop_masked"], call.student.device.type
+    if drop == "auto":
+        # Which rows count is on the device, and so is what a graph would have to know beforehand.
+        recorded = torch.compiler.is_compiling() or (
+            device == "cuda" and torch.cuda.is_current_stream_capturing()
+        )
+        drop = device == "cpu" or not recorded
+    return linear.Job(call, _bytes(options["memory_budget"]), drop)
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _bytes(budget: Any) -> int | None:
+    """A `memory_budget` in bytes."""
+    if budget is None:
+        return None
+    if isinstance(budget, str):
+        parts = _AMOUNT.fullmatch(budget)
+        if parts is None or parts[2].upper() not in _UNITS:
+            raise ValueError(
+                f"memory_budget must be bytes, an amount such as '256MiB' or '1.5GB', or None, got {budget!r}"
+            )
+        budget = int(float(parts[1]) * _UNITS[parts[2].upper()])
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(
+            f"memory_budget must be an int of bytes, a string such as '256MiB' or None, got "
+            f"{type(budget).__name__}"
+        )
+    if budget <= 0:
+        raise ValueError(f"memory_budget must be > 0, got {budget}")
+    return budget
+
+
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
 
 def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
@@ -385,6 +434,10 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
             f"divergence={spec.divergence!r} compares logits, and kd.Mixture averages probabilities, which "
             "have none of their own: average the teachers' logits and pass that"
         )
+    if options["memory_budget"] is not None:
+        _bytes(options["memory_budget"])
+    if options["drop_masked"] not in _DROP_CHOICES:
+        _check_choice("drop_masked", options["drop_masked"], _DROP_CHOICES)
     teacher_requires_grad = options["teacher_requires_grad"]
     if teacher_requires_grad not in _TEACHER_CHOICES:
         _check_choice("teacher_requires_grad", teacher_requires_grad, _TEACHER_CHOICES)

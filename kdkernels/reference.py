@@ -6,7 +6,7 @@ clarity; it makes about eight [N, V] temporaries, as any eager loss does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -203,8 +203,21 @@ def check_labels_here(target: Tensor, classes: int) -> Tensor:
     return check(target, classes)
 
 
-def check_labels(target: Tensor, classes: int, first_row: int = 0) -> Tensor:
-    """The same labels, of which none is out of range. Rows are counted from `first_row`."""
+class LabelError(ValueError):
+    """A label that is none.
+
+    Attributes:
+        row: Its row.
+        message: What is wrong, of a row's number and the number of rows.
+    """
+
+    def __init__(self, message: Callable[[int, int], str], row: int, rows: int) -> None:
+        super().__init__(message(row, rows))
+        self.message, self.row = message, row
+
+
+def check_labels(target: Tensor, classes: int) -> Tensor:
+    """The same labels, of which none is out of range."""
     if target.dtype.is_floating_point:
         wrong = ~((target >= 0) & (target <= 1))
     else:
@@ -214,21 +227,31 @@ def check_labels(target: Tensor, classes: int, first_row: int = 0) -> Tensor:
         label = target.flatten()[first].item()
         if target.dtype.is_floating_point:
             row, column = divmod(first, target.shape[-1])
-            raise ValueError(target_error(float(label), first_row + row, column))
-        raise ValueError(label_error(int(label), first_row + first, target.numel(), classes))
+            raise LabelError(
+                lambda row, _: target_error(float(label), row, column), row, target.shape[:-1].numel()
+            )
+        raise label_error(int(label), first, target.numel(), classes)
     return target
 
 
-def label_error(label: int, row: int, rows: int, classes: int) -> str:
-    """The message for a label out of range, the same on every backend."""
+def label_error(label: int, row: int, rows: int, classes: int) -> LabelError:
+    """The error for a label out of range, the same on every backend."""
     if label == UNLABELLED:
-        return (
-            f"labels must give every row that counts a class, since this divergence is about it; row {row} "
-            f"of {rows} has ignore_index: leave such rows out with mask=labels != ignore_index"
+        return LabelError(
+            lambda row, rows: (
+                "labels must give every row that counts a class, since this divergence is about it; row "
+                f"{row} of {rows} has ignore_index: leave such rows out with mask=labels != ignore_index"
+            ),
+            row,
+            rows,
         )
-    return (
-        f"labels must be in [0, {classes}) or equal to ignore_index, got {label} at row {row} of {rows}; "
-        "mark rows without a label with ignore_index, or leave them out with mask"
+    return LabelError(
+        lambda row, rows: (
+            f"labels must be in [0, {classes}) or equal to ignore_index, got {label} at row {row} of {rows}; "
+            "mark rows without a label with ignore_index, or leave them out with mask"
+        ),
+        row,
+        rows,
     )
 
 

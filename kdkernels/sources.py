@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,113 @@ class Logits:
 
 
 @dataclass(frozen=True, eq=False)
+class Head:
+    """Logits that are never made: the hidden states and the head that would make them.
+
+    Formula: z = hidden @ weightᵀ + bias, then scale and softcap as in `kd.Logits`. `kd_loss` goes through the
+    rows in chunks: the logits of a chunk, their loss and gradient in place, and from that the gradients of
+    hidden states, weight and bias, so that no more than a chunk's logits exist at a time.
+
+    Gradient: as a student, to whichever of hidden, weight and bias require grad; what is frozen costs no
+    product. As a teacher, none: made under `torch.no_grad()` the parts are detached, as logits would be.
+
+    Args:
+        hidden: Hidden states, `[..., d]`, float32, float64, bfloat16 or float16, of any strides: what the
+            head is applied to, final norm included.
+        weight: The head's weight, `[V, d]`, in the hidden states' dtype (under `torch.autocast` in any);
+            tied embeddings are passed as they are.
+        bias: `[V]`, or None.
+        scale: What the logits are multiplied by, > 0, after the bias.
+        softcap: The cap c > 0, applied after the scale, or None for none.
+
+    Raises:
+        TypeError: An option is not a number.
+        ValueError: An option is not positive and finite.
+
+    Example:
+        >>> hidden, weight = torch.randn(4, 16, requires_grad=True), torch.randn(32000, 16)
+        >>> teacher = Head(torch.randn(4, 24), torch.randn(32000, 24))
+        >>> kd_loss(Head(hidden, weight), teacher).backward()
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        # Tensors are checked when they are used, as in `Logits`.
+        _check_positive("scale", self.scale)
+        if self.softcap is not None:
+            _check_positive("softcap", self.softcap)
+        if not torch.is_grad_enabled():
+            for name in ("hidden", "weight", "bias"):
+                part = getattr(self, name)
+                if isinstance(part, Tensor) and part.requires_grad:
+                    object.__setattr__(self, name, part.detach())
+
+    def to(self, *args: Any, **kwargs: Any) -> Head:
+        """The same source with its tensors moved or cast as `Tensor.to` does."""
+        return self._each(lambda x: x.to(*args, **kwargs))
+
+    def pin_memory(self) -> Head:
+        """The same source with what is on the CPU in pinned memory."""
+        return self._each(lambda x: x.pin_memory() if x.device.type == "cpu" else x)
+
+    def __getitem__(self, rows: Any) -> Head:
+        """A selection of rows of the hidden states; the head stays whole."""
+        return replace(self, hidden=_rows(self.hidden, rows))
+
+    def _each(self, change: Any) -> Head:
+        bias = None if self.bias is None else change(self.bias)
+        return replace(self, hidden=change(self.hidden), weight=change(self.weight), bias=bias)
+
+
+class Projection(NamedTuple):
+    """The tensors of a checked `Head`, which answers what is asked of its logits.
+
+    `dtype` is that of the logits: of the parts, or the one that autocast multiplies in.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the logits."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they would be."""
+        return self.hidden.device
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """All that is there."""
+        return (self.hidden, self.weight) if self.bias is None else (self.hidden, self.weight, self.bias)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any part does."""
+        return any(x.requires_grad for x in self.parts)
+
+    def detach(self) -> Projection:
+        """The same, detached."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Projection(self.hidden.detach(), self.weight.detach(), bias, self.dtype)
+
+    def logits(self) -> Tensor:
+        """All of the raw logits, differentiable."""
+        x, weight, bias = self.hidden, self.weight, self.bias
+        bias = None if bias is None else bias.to(self.dtype)
+        return torch.nn.functional.linear(x.to(self.dtype), weight.to(self.dtype), bias)
+
+
+@dataclass(frozen=True, eq=False)
 class Mixture:
     """An ensemble of teachers, averaged as probabilities.
 
@@ -68,8 +175,8 @@ class Mixture:
     the sigmoids are averaged.
 
     Args:
-        teachers: Logits `[..., V]`, tensors or `kd.Logits`, all of one shape; dtypes, strides and
-            post-processing may differ.
+        teachers: Logits `[..., V]`, tensors, `kd.Logits` or `kd.Head`, all of one shape; dtypes, strides,
+            widths and post-processing may differ.
         weights: None for equal ones, numbers, or a float tensor: `[M]`, or `[..., M]` for weights of each
             row. At least 0, not all of them 0; a teacher of weight 0 in a row is not looked at there. A
             tensor that breaks this is an error on a CPU; elsewhere looking would wait for the device, and the
@@ -83,7 +190,7 @@ class Mixture:
         the ensemble's predictions).
     """
 
-    teachers: Sequence[Tensor | Logits]
+    teachers: Sequence[Tensor | Logits | Head]
     weights: Tensor | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
@@ -160,6 +267,13 @@ pytree.register_pytree_node(
 )
 
 pytree.register_pytree_node(
+    Head,
+    lambda s: ([s.hidden, s.weight, s.bias], (s.scale, s.softcap)),
+    lambda parts, options: Head(*parts, *options),
+    serialized_type_name="kdkernels.Head",
+)
+
+pytree.register_pytree_node(
     Mixture,
     lambda s: (
         [*s.teachers, s.weights] if isinstance(s.weights, Tensor) else list(s.teachers),
@@ -172,17 +286,20 @@ pytree.register_pytree_node(
 )
 
 
-def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
+def unwrap(name: str, source: Any) -> tuple[Tensor | Projection, PostProcessing]:
     """The raw logits of a `student` or `teacher` argument, checked, and their (scale, softcap)."""
     options: PostProcessing = (1.0, None)
     z: Any = source
+    if isinstance(source, Head):
+        return _projection(name, source), (source.scale, source.softcap)
     if isinstance(source, Logits):
         z, options = source.z, (source.scale, source.softcap)
     if not isinstance(z, Tensor):
         got = type(z).__name__ if z is source else f"kd.Logits around {type(z).__name__}"
         or_mixture = ", or kd.Mixture of those" if name == "teacher" else ""
         raise TypeError(
-            f"{name} must be a torch.Tensor of logits or kd.Logits(z, scale, softcap){or_mixture}, got {got}"
+            f"{name} must be a torch.Tensor of logits, kd.Logits(z, scale, softcap) or "
+            f"kd.Head(hidden, weight, bias){or_mixture}, got {got}"
         )
     if z.dtype not in LOGIT_DTYPES:
         raise TypeError(
@@ -194,9 +311,66 @@ def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
     return z, options
 
 
+def _projection(name: str, head: Head) -> Projection:
+    """The parts of a `Head`, checked."""
+    parts = {"hidden": head.hidden, "weight": head.weight, "bias": head.bias}
+    for part, x in parts.items():
+        if x is None and part == "bias":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{part} of {name}'s kd.Head must be a torch.Tensor, got {type(x).__name__}")
+        _check_whole(f"{part} of {name}'s kd.Head", x)
+        if x.dtype not in LOGIT_DTYPES:
+            raise TypeError(
+                f"{part} of {name}'s kd.Head must be float32, float64, bfloat16 or float16, got {x.dtype}: "
+                "a quantised head is multiplied by its own code, so pass its logits; else cast it"
+            )
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"{name}'s kd.Head must have hidden [..., d] and weight [V, d], got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}: weight is that of nn.Linear(d, V); a sharded one has to be gathered first"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias of {name}'s kd.Head must have shape [V] = ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
+    for part, x in parts.items():
+        if x is not None and x.device != hidden.device:
+            raise ValueError(
+                f"{part} of {name}'s kd.Head must be on the hidden states' device {hidden.device}, got "
+                f"{x.device}; move it with .to"
+            )
+    device = hidden.device.type
+    dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
+    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
+        return Projection(hidden, weight, bias, torch.get_autocast_dtype(device))
+    if len(dtypes) > 1:
+        listed = ", ".join(f"{part} {x.dtype}" for part, x in parts.items() if x is not None)
+        raise TypeError(
+            f"the parts of {name}'s kd.Head must have one dtype, got {listed}: cast one of them with .to, or "
+            "call kd_loss under torch.autocast, which the hidden states seem to come from"
+        )
+    return Projection(hidden, weight, bias, hidden.dtype)
+
+
+def _check_whole(what: str, x: Tensor) -> None:
+    """Raises on a tensor of which this process holds a part."""
+    if hasattr(x, "full_tensor"):  # DTensor, whose class would first have to be imported
+        raise ValueError(
+            f"{what} is a DTensor, of which this process holds a shard: pass {what.split()[0]}.full_tensor(), "
+            "or call kd_loss inside the forward of the module that FSDP unshards"
+        )
+    if x.numel() == 0 and hasattr(x, "ds_id"):
+        raise ValueError(
+            f"{what} is partitioned by DeepSpeed ZeRO-3, and this process holds nothing of it: call kd_loss "
+            "inside deepspeed.zero.GatheredParameters, or inside the module's forward"
+        )
+
+
 def unwrap_teachers(
     source: Any, student: torch.dtype
-) -> tuple[list[Tensor], list[PostProcessing], Tensor | None]:
+) -> tuple[list[Tensor | Projection], list[PostProcessing], Tensor | None]:
     """The raw logits of a `teacher` argument, their (scale, softcap), and the weights of a mixture.
 
     Weights are `[M]` or `[..., M]`, of float64 where the student, a teacher or they themselves are, else of
@@ -219,7 +393,7 @@ def unwrap_teachers(
     return logits, options_of_each, _mixture_weights(source, logits, wide)
 
 
-def _mixture_weights(source: Mixture, logits: list[Tensor], wide: bool) -> Tensor:
+def _mixture_weights(source: Mixture, logits: Sequence[Tensor | Projection], wide: bool) -> Tensor:
     weights, first = source.weights, logits[0]
     dtype = torch.float64 if wide else torch.float32
     if weights is None:

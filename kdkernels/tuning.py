@@ -86,3 +86,14 @@ def triton(width: int, itemsize: int, align: int, stats: bool = False, lanes: in
     if align >= at_once:
         return TritonConfig(block, at_once, False, TRITON_WARPS, whole=False)
     return TritonConfig(block, max(1, a_thread // align), True, TRITON_WARPS, whole=False)
+
+
+# Rows of `kd.Head` that go at once where no memory budget is given. A chunk of r rows costs, beside its four
+# products of 2 · r · V · d operations each, a read and a write of the weight's gradient, 8 · V · d bytes in
+# float32: as a share of the products (F / B) / r for F operations and B bytes a second, whatever V and d.
+HEAD_ROWS = {"cpu": 512, "gpu": 4096}
+
+
+def head_rows(device: str) -> int:
+    """The default for a device."""
+    return HEAD_ROWS["cpu" if device == "cpu" else "gpu"]

@@ -288,7 +288,30 @@ void do_rows(int64_t first, int64_t last, void* context) {
 
     RowState row{};
     double soft = 0, hard = 0;
+    // What the logits of a row say beside its loss is read before the gradient is written, maybe over them.
+    auto describe = [&](const RowState& of) KD_INLINE {
+      if constexpr (D::kBinary) {
+        Reader target{};
+        if (targets) target = reader_of(c, *targets, n, nullptr);
+        BinaryFigures b = binary_figures(whole, targets ? &target : nullptr);
+        figures[kRowEntropyZ] = b.entropy_z;
+        figures[kRowEntropyV] = b.entropy_v;
+        figures[kRowAgrees] = b.agrees;
+        figures[kRowCorrect] = targets ? b.correct : 0;
+      } else {
+        int64_t best_z, best_v;
+        figures[kRowEntropyZ] = entropy<R>(whole.z, of.z, of.top_z, f.cz, c.classes, &best_z);
+        figures[kRowEntropyV] = entropy<R>(whole.v, of.v, of.top_v, f.cv, c.classes, &best_v);
+        figures[kRowAgrees] = best_z == best_v;
+        figures[kRowCorrect] = label >= 0 && best_z == label;
+      }
+    };
     if constexpr (plain) {
+      if (o.stats && figures) {
+        RowState softmax{};
+        if constexpr (!D::kBinary) normalise<R, ForwardKL<R>, false, false>(whole, softmax, kept);
+        describe(softmax);
+      }
       Reader target{};
       if (D::kBinary && targets) target = reader_of(c, *targets, n, nullptr);
       if (kHard != kNoHard && !D::kBinary) {
@@ -323,13 +346,17 @@ void do_rows(int64_t first, int64_t last, void* context) {
         soft = closed_form<R, D>(d, row);
       if constexpr (D::kTarget) soft += d.alpha == 0 ? 0 : d.alpha * about.phi;
       f.z.excluded = -1;
+      if (o.stats && figures) {
+        RowState softmax = row;
+        if constexpr (D::kTarget) {
+          softmax.z = all;
+          include(softmax.v, about.u);
+        }
+        describe(softmax);
+      }
       typename D::Writes writer{};
       if constexpr (D::kTarget) writer = d;
       if (writes) write_gradient<R, typename D::Writes, kHard>(f, writer, row, all, about, kept, label, output);
-      if constexpr (D::kTarget) {
-        row.z = all;
-        include(row.v, about.u);
-      }
     }
     if (writes && c.width > c.classes) memset(out + c.classes * z_size, 0, (c.width - c.classes) * z_size);
     if (!figures) continue;
@@ -343,22 +370,6 @@ void do_rows(int64_t first, int64_t last, void* context) {
     if (!o.stats) continue;
     figures[kRowSoft] = o.t_factor * soft;
     figures[kRowHard] = hard;
-    if constexpr (D::kBinary) {
-      Reader target{};
-      if (targets) target = reader_of(c, *targets, n, nullptr);
-      BinaryFigures b = binary_figures(whole, targets ? &target : nullptr);
-      figures[kRowEntropyZ] = b.entropy_z;
-      figures[kRowEntropyV] = b.entropy_v;
-      figures[kRowAgrees] = b.agrees;
-      figures[kRowCorrect] = targets ? b.correct : 0;
-    } else {
-      if constexpr (plain) normalise<R, ForwardKL<R>, false, false>(whole, row, kept);
-      int64_t best_z, best_v;
-      figures[kRowEntropyZ] = entropy<R>(whole.z, row.z, row.top_z, f.cz, c.classes, &best_z);
-      figures[kRowEntropyV] = entropy<R>(whole.v, row.v, row.top_v, f.cv, c.classes, &best_v);
-      figures[kRowAgrees] = best_z == best_v;
-      figures[kRowCorrect] = label >= 0 && best_z == label;
-    }
   }
 #if defined(__x86_64__)
   if (writes && job.past_cache) _mm_sfence();

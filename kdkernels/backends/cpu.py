@@ -14,7 +14,7 @@ from .. import tuning
 from ..divergences import BUILT_IN
 from ..layout import common_rows
 from ..noise import Noise
-from ..reference import UNLABELLED, check_labels, compute_dtype, label_error
+from ..reference import UNLABELLED, LabelError, compute_dtype, label_error, target_error
 from ..spec import REDUCTIONS, STATS, Call, LossSpec
 
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
@@ -69,21 +69,28 @@ class CpuBackend:
         """None: whatever it knows, of any shape."""
         return None
 
-    def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, the stats where the spec asks for them, and what is kept for backward."""
+    def forward(
+        self, call: Call, keep: str, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, the stats where the spec asks for them, and what is kept for backward.
+
+        A gradient is written to `out` where that is given, contiguous; it may be the student's logits.
+        """
         student, spec = call.student, call.spec
         R = compute_dtype(student, call.teachers)
         leading = student.shape[:-1]
         loss = torch.empty(leading if spec.reduction == "none" else (), dtype=R)
         stats = torch.empty(STATS, dtype=torch.float64) if spec.stats else None
-        gradient = torch.empty(student.shape, dtype=student.dtype) if keep == "gradient" else None
+        gradient = _empty_like(student, out) if keep == "gradient" else None
         mode = "loss" if gradient is None else "gradient"
         self._run(mode, call, gradient=gradient, loss=loss, stats=stats)
         return loss, None if stats is None else stats.to(R), gradient
 
-    def gradient(self, upstream: Tensor, call: Call, state: Tensor | None) -> Tensor:
+    def gradient(
+        self, upstream: Tensor, call: Call, state: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
         """The gradient alone, with the upstream factor applied before the one rounding."""
-        gradient = torch.empty(call.student.shape, dtype=call.student.dtype)
+        gradient = _empty_like(call.student, out)
         self._run("scaled_gradient", call, gradient=gradient, upstream=upstream)
         return gradient
 
@@ -171,10 +178,11 @@ class CpuBackend:
         if result != _OK:
             assert call.labels is not None
             if targets is not None:
-                check_labels(targets.flatten(0, -2)[result : result + 1], classes, first_row=result)
+                row = targets.flatten(0, -2)[result].tolist()
+                column = next(k for k, x in enumerate(row) if not 0 <= x <= 1)
+                raise LabelError(lambda row_, _: target_error(row[column], row_, column), result, rows)
             label = int(call.labels.flatten()[result])
-            label = UNLABELLED if label == spec.ignore_index else label
-            raise ValueError(label_error(label, result, rows, classes))
+            raise label_error(UNLABELLED if label == spec.ignore_index else label, result, rows, classes)
 
     def _options(self, spec: LossSpec) -> bytes:
         packed = self._packed.get(spec)
@@ -266,6 +274,10 @@ def _noise(noise: Noise | None) -> tuple[float, ...]:
         return 0, 0, 0, 0.0, 1.0
     kind = 2 if noise.multiplicative else 1
     return kind, int(noise.per_row), noise.row_offset, noise.sigma, noise.probability
+
+
+def _empty_like(student: Tensor, out: Tensor | None) -> Tensor:
+    return torch.empty(student.shape, dtype=student.dtype) if out is None else out
 
 
 def _pointer(tensor: Tensor | None) -> int:

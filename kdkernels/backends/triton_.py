@@ -60,13 +60,20 @@ class TritonBackend:
         """None: all that the reference does."""
         return None
 
-    def forward(self, call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The loss, the stats where the spec asks for them, and what is kept for backward."""
-        return self._launch.forward(call, keep)
+    def forward(
+        self, call: Call, keep: str, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The loss, the stats where the spec asks for them, and what is kept for backward.
 
-    def gradient(self, upstream: Tensor, call: Call, state: Tensor | None) -> Tensor:
+        A gradient is written to `out` where that is given, contiguous; it may be the student's logits.
+        """
+        return self._launch.forward(call, keep, out)
+
+    def gradient(
+        self, upstream: Tensor, call: Call, state: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
         """The gradient alone, with the upstream factor applied before the one rounding."""
-        return self._launch.gradient(upstream, call, state)
+        return self._launch.gradient(upstream, call, state, out)
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
         """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""

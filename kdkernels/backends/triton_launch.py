@@ -78,7 +78,7 @@ class Items(NamedTuple):
         return {"ITEMS": kind.value, "COUNTED": self.counted is not None}
 
 
-def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def forward(call: Call, keep: str, out: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss, the stats where the spec asks for them, and what is kept for backward."""
     student, spec = call.student, call.spec
     leading, rows = student.shape[:-1], student.shape[:-1].numel()
@@ -89,7 +89,7 @@ def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None
     figures = torch.empty(shape, dtype=R, device=device)
     kept = None
     if keep == "gradient":
-        kept = torch.empty(student.shape, dtype=student.dtype, device=device)
+        kept = torch.empty(student.shape, dtype=student.dtype, device=device) if out is None else out
     elif keep == "state":
         kept = torch.empty(state_rows(len(call.teachers), call.mixture), rows, dtype=R, device=device)
     loss = None if each else torch.empty((), dtype=R, device=device)
@@ -111,10 +111,11 @@ def forward(call: Call, keep: str) -> tuple[Tensor, Tensor | None, Tensor | None
     return loss, stats, kept
 
 
-def gradient(upstream: Tensor, call: Call, state: Tensor) -> Tensor:
+def gradient(upstream: Tensor, call: Call, state: Tensor, out: Tensor | None = None) -> Tensor:
     """The gradient alone, from the rows and their state, with the upstream factor before the one rounding."""
     student = call.student
-    out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    if out is None:
+        out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     with _launching(student):
         launch(SCALED_GRADIENT.value, call, count_items(call), gradient=out, state=state, upstream=upstream)
     return out
