@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = {
     "logits": "the losses on logits: time, bandwidth, page faults, peak memory, error",
     "divergences": "every divergence, noise, a mixture: time, share of bandwidth, peak memory, error",
+    "linear": "hidden states and heads: time beside the bare products, peak memory, error",
     "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
     "builds": "the Triton kernels built for GPUs that need not be here: registers, spills, accesses",
 }

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from . import linear
+from .chunks import Job, Wanted
 from .sources import Projection
 from .spec import Call
 
@@ -123,7 +124,7 @@ class HeadFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, job: linear.Job, backend: Any, want: linear.Wanted, *_: Tensor | None
+        ctx: Any, job: Job, backend: Any, want: Wanted, *_: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """One pass over chunks of the rows."""
         keep = what_to_keep_of_heads(job.call)
@@ -140,7 +141,7 @@ class HeadFunction(torch.autograd.Function):
         if upstream is None:
             return (None,) * (3 + len(ctx.needs_input_grad[3:]))
 
-        def recompute(upstream: Tensor, job: linear.Job, state: Tensor | None) -> linear.Gradients:
+        def recompute(upstream: Tensor, job: Job, state: Tensor | None) -> linear.Gradients:
             return linear.backward(upstream, job, ctx.backend, state, ctx.want)
 
         return None, None, None, *backward(ctx, upstream, recompute)
@@ -162,7 +163,7 @@ def run_fused(backend: Any, call: Call) -> tuple[Tensor, Tensor | None]:
     return loss, stats
 
 
-def run_linear(backend: Any, job: linear.Job) -> tuple[Tensor, Tensor | None]:
+def run_linear(backend: Any, job: Job) -> tuple[Tensor, Tensor | None]:
     """The same of a call with heads."""
     student: Any = job.call.student
     want = linear.wanted(student)

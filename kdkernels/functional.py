@@ -14,6 +14,7 @@ from torch import Tensor
 from . import linear, ops, reference, registry
 from .autograd import run_fused, run_linear
 from .caller import warn_once
+from .chunks import Job, Plan
 from .divergences import Parametrised
 from .noise import LogitNoise, Noise, seed_tensor
 from .sources import LOGIT_DTYPES, Head, Logits, Mixture, PostProcessing, unwrap, unwrap_teachers
@@ -65,13 +66,19 @@ class Explanation:
     Attributes:
         backend: The backend that would run.
         reasons: For every backend, why it can't run this call, or None where it can.
+        plan: With a `kd.Head`, how many `rows` would go at once, in how many `chunks`, and the `bytes` that
+            takes beyond inputs and gradients; else None.
     """
 
     backend: str
     reasons: dict[str, str | None]
+    plan: Plan | None = None
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
+        if self.plan is not None:
+            rows, chunks, size = self.plan
+            lines.append(f"heads: {chunks} × {rows:,} rows, {size / 2**20:,.1f} MiB")
         for name, why in self.reasons.items():
             lines.append(f"  {name}: {why or ('runs' if name == self.backend else 'could run')}")
         return "\n".join(lines)
@@ -110,20 +117,25 @@ def kd_loss(
     `kd.register_divergence`. The hard term is taken at T = 1. T here softens both distributions in the loss;
     it is not a sampling temperature.
 
-    Gradient: with respect to the student's raw logits only. For forward KL, T·(q − p) · soft_weight per row,
-    plus hard_weight · (softmax(z) − onehot), times the row's weight (1/rows for a mean); through scale and
-    softcap where the source has them. Computed in float32 (float64 for float64 logits) and rounded once to
-    the logits' dtype. Fused backends write the gradient in the forward pass, so that neither logits tensor is
-    kept for backward (float16 excepted: there the loss scale must come before the rounding, and backward
-    recomputes).
+    Gradient: with respect to the student's raw logits only, or what they are made of. For forward KL,
+    T·(q − p) · soft_weight per row, plus hard_weight · (softmax(z) − onehot), times the row's weight (1/rows
+    for a mean); through scale and softcap where the source has them. Computed in float32 (float64 for float64
+    logits) and rounded once to the logits' dtype. Fused backends write the gradient in the forward pass, so
+    that neither logits tensor is kept for backward (float16 excepted: there the loss scale must come before
+    the rounding, and backward recomputes).
+
+    Heads: logits of a `kd.Head` exist for a chunk of rows at a time, in four matrix products in all, the
+    gradients of hidden states, weight and bias made in the forward pass. float16, and `reduction="none"`,
+    whose rows are weighted only later, compute the logits once more in backward: six products.
 
     Compiled: under `torch.compile` and `torch.export` a fused loss is one operator, the reference is traced.
     No number is compiled in, so that temperature, weights and `num_items` may change at every step.
 
     Args:
-        student: Logits `[..., V]`, or `kd.Logits` for logits with a scale or softcap. Any leading shape and
-            strides; float32, float64, bfloat16 or float16.
-        teacher: Logits of the same shape, likewise, whose dtype and strides may differ; or `kd.Mixture` of
+        student: Logits `[..., V]`, or `kd.Logits` for logits with a scale or softcap, or `kd.Head` for hidden
+            states and the head that would make them. Any leading shape and strides; float32, float64,
+            bfloat16 or float16.
+        teacher: The same, of the same shape, whose kind, dtype and strides may differ; or `kd.Mixture` of
             several, averaged as probabilities. It receives no gradient.
         labels: Integer class of each row, `[...]`. Never shifted here: `kd.shift_labels` does that for a
             causal LM. With `kd.BinaryKL` floats in [0, 1], `[..., V]`.
@@ -146,6 +158,13 @@ def kd_loss(
             and processes (where a framework averages gradients over W ranks, pass the global count / W).
         pad_vocab: Allow unequal vocabularies: classes beyond the smaller V leave both softmaxes, with
             gradient 0.
+        memory_budget: With a `kd.Head`, what the call may take beyond its inputs and gradients: bytes, or an
+            amount such as `"256MiB"`. It decides how many rows go at once (`kd.explain` says), not the
+            result. Default: as many as make the rest small beside the matrix products (512 on a CPU, 4,096
+            on a GPU).
+        drop_masked: With a `kd.Head`, whether rows that don't count leave before the matrix products. On a
+            GPU that waits for the device once, to learn how many are left. `"auto"` does, but not while a
+            graph is compiled or captured there. With noise, which is numbered by row, they stay.
         teacher_requires_grad: A teacher that requires grad is an error, unless this says `"ignore"`.
         backend: `"reference"`, `"cpu"`, `"triton"`, or None to pick by device. A named backend that can't run
             is an error.
@@ -240,7 +259,9 @@ def explain(student: Source, teacher: Teacher, labels: Tensor | None = None, **o
     call = checked_call(student, teacher, labels, options, stats=False)
     chosen = registry.choose(options["backend"], call)
     reasons = {b.name: registry.reason(b, call) for b in registry.BACKENDS.values()}
-    return Explanation(chosen.name, reasons)
+    if not linear.is_linear(call):
+        return Explanation(chosen.name, reasons)
+    return Explanation(chosen.name, reasons, linear.plan_of(_job(call, options), chosen.name != "reference"))
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -342,7 +363,7 @@ def _noise(options: dict[str, Any], name: str) -> Noise | None:
     return noise.options
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -360,7 +381,7 @@ def _run(call: Call, options: dict[str, Any], backend: str | None) -> tuple[Tens
     return run_linear(chosen, _job(call, options)) if heads else run_fused(chosen, call)
 
 
-def _job(call: Call, options: dict[str, Any]) -> linear.Job:
+def _job(call: Call, options: dict[str, Any]) -> Job:
     drop, device = options["drop_masked"], call.student.device.type
     if drop == "auto":
         # Which rows count is on the device, and so is what a graph would have to know beforehand.
@@ -368,7 +389,13 @@ def _job(call: Call, options: dict[str, Any]) -> linear.Job:
             device == "cuda" and torch.cuda.is_current_stream_capturing()
         )
         drop = device == "cpu" or not recorded
-    return linear.Job(call, _bytes(options["memory_budget"]), drop)
+    return Job(call, _bytes(options["memory_budget"]), drop)
+
+
+def job_of(student: Source, teacher: Teacher, labels: Tensor | None = None, **options: Any) -> Job:
+    """What `kd_loss` makes of a call with heads, whose plan may be asked for."""
+    options = complete(options)
+    return _job(checked_call(student, teacher, labels, options, stats=False), options)
 
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import autograd, linear, registry
 from .autograd import what_to_keep, what_to_keep_of_heads
+from .chunks import Job, Wanted
 from .noise import Noise
 from .reference import check_labels, compute_dtype
 from .sources import Projection
@@ -212,8 +213,6 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
 torch.library.register_autograd("kdkernels::kd_loss_v1", _backward, setup_context=_save)
 
 
-# ------------------------------------------------------------------------------------------------------- heads
-
 # student: hidden states where there is a weight, else logits; likewise each teacher, where what is not there
 # is empty: autograd wants lists of tensors, all of them. lowered: the dtype that
 # autocast multiplies in, if it does. wanted: of which of the student's parts there are to be gradients.
@@ -234,16 +233,14 @@ torch.library.define(
 )  # fmt: skip
 
 
-def kd_heads(job: linear.Job, backend: str | None) -> tuple[Tensor, Tensor | None]:
+def kd_heads(job: Job, backend: str | None) -> tuple[Tensor, Tensor | None]:
     """The same of a call with heads."""
     call, memory_budget, drop_masked = job
     want = linear.wanted(call.student)
     keep = what_to_keep_of_heads(call) if any(want) else "nothing"
     (student, weight, bias), *teachers = (_taken_apart(side) for side in (call.student, *call.teachers))
-    lowered = None
-    for side in (call.student, *call.teachers):
-        if isinstance(side, Projection) and torch.is_autocast_enabled(side.device.type):
-            lowered = side.dtype if side.dtype is not torch.float64 else lowered
+    device = call.student.device.type
+    lowered = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     loss, figures, *_ = torch.ops.kdkernels.kd_heads_v1(
         student, weight, bias, *([_or_empty(v, part) for v in teachers] for part in range(3)),
         lowered, list(want), memory_budget, drop_masked, *_options(call, keep, backend),
@@ -261,19 +258,19 @@ def _or_empty(parts: Sequence[Tensor | None], number: int) -> Tensor:
     return first.new_empty(0) if part is None else part
 
 
-def _job(inputs: tuple[Any, ...]) -> tuple[linear.Job, Any, linear.Wanted]:
+def _job(inputs: tuple[Any, ...]) -> tuple[Job, Any, Wanted]:
     student, weight, bias, teachers, weights, biases, lowered, want, budget, drop = inputs[:_HEAD_OWN]
 
     def side(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Any:
         if weight is None or weight.dim() != 2:
             return x
         bias = None if bias is None or bias.numel() == 0 else bias
-        double = any(part.dtype is torch.float64 for part in (x, weight))
-        return Projection(x, weight, bias, x.dtype if lowered is None or double else lowered)
+        wide = torch.float64 in (x.dtype, weight.dtype)
+        return Projection(x, weight, bias, x.dtype if lowered is None or wide else lowered)
 
     sides = [side(*parts) for parts in zip(teachers, weights, biases, strict=True)]
     call, backend = _unpack(side(student, weight, bias), sides, inputs[_HEAD_OWN:])
-    return linear.Job(call, budget, drop), backend, tuple(want)
+    return Job(call, budget, drop), backend, tuple(want)
 
 
 def _or_nothing(like: Tensor, gradients: linear.Gradients) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -286,12 +286,15 @@ pytree.register_pytree_node(
 )
 
 
-def unwrap(name: str, source: Any) -> tuple[Tensor | Projection, PostProcessing]:
-    """The raw logits of a `student` or `teacher` argument, checked, and their (scale, softcap)."""
+def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
+    """The raw logits of a `student` or `teacher` argument, checked, and their (scale, softcap).
+
+    Of a `Head` a `Projection`, in the place of the tensor that it stands for.
+    """
     options: PostProcessing = (1.0, None)
     z: Any = source
     if isinstance(source, Head):
-        return _projection(name, source), (source.scale, source.softcap)
+        return cast(Tensor, _projection(name, source)), (source.scale, source.softcap)
     if isinstance(source, Logits):
         z, options = source.z, (source.scale, source.softcap)
     if not isinstance(z, Tensor):
@@ -328,8 +331,8 @@ def _projection(name: str, head: Head) -> Projection:
     hidden, weight, bias = head.hidden, head.weight, head.bias
     if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
-            f"{name}'s kd.Head must have hidden [..., d] and weight [V, d], got {tuple(hidden.shape)} and "
-            f"{tuple(weight.shape)}: weight is that of nn.Linear(d, V); a sharded one has to be gathered first"
+            f"{name}'s kd.Head must have hidden [..., d] and weight [V, d], as nn.Linear(d, V) has, got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; a sharded weight has to be gathered first"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -358,8 +361,8 @@ def _check_whole(what: str, x: Tensor) -> None:
     """Raises on a tensor of which this process holds a part."""
     if hasattr(x, "full_tensor"):  # DTensor, whose class would first have to be imported
         raise ValueError(
-            f"{what} is a DTensor, of which this process holds a shard: pass {what.split()[0]}.full_tensor(), "
-            "or call kd_loss inside the forward of the module that FSDP unshards"
+            f"{what} is a DTensor, of which this process holds a shard: pass {what.split()[0]}"
+            ".full_tensor(), or call kd_loss inside the forward of the module that FSDP unshards"
         )
     if x.numel() == 0 and hasattr(x, "ds_id"):
         raise ValueError(
@@ -370,7 +373,7 @@ def _check_whole(what: str, x: Tensor) -> None:
 
 def unwrap_teachers(
     source: Any, student: torch.dtype
-) -> tuple[list[Tensor | Projection], list[PostProcessing], Tensor | None]:
+) -> tuple[list[Tensor], list[PostProcessing], Tensor | None]:
     """The raw logits of a `teacher` argument, their (scale, softcap), and the weights of a mixture.
 
     Weights are `[M]` or `[..., M]`, of float64 where the student, a teacher or they themselves are, else of
@@ -393,7 +396,7 @@ def unwrap_teachers(
     return logits, options_of_each, _mixture_weights(source, logits, wide)
 
 
-def _mixture_weights(source: Mixture, logits: Sequence[Tensor | Projection], wide: bool) -> Tensor:
+def _mixture_weights(source: Mixture, logits: list[Tensor], wide: bool) -> Tensor:
     weights, first = source.weights, logits[0]
     dtype = torch.float64 if wide else torch.float32
     if weights is None:

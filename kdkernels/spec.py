@@ -57,6 +57,8 @@ class LossSpec:
 class Call(NamedTuple):
     """A checked call, as every backend takes it.
 
+    Before `linear` has taken it apart, the logits of a `Head` are a `Projection`, which answers for them.
+
     Attributes:
         student: Raw logits, `[..., V]`.
         teachers: Raw logits of the same leading shape, of any dtypes and strides; detached.

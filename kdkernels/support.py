@@ -17,10 +17,10 @@ from . import registry
 from .divergences import BUILT_IN, TABLE, AlphaBeta, Parametrised
 from .functional import checked_call, complete
 from .noise import LogitNoise
-from .sources import Logits, Mixture
+from .sources import Head, Logits, Mixture
 
-STUDENTS = ("tensor", "Logits")
-TEACHERS = ("tensor", "Logits", "Mixture")
+STUDENTS = ("tensor", "Logits", "Head")
+TEACHERS = ("tensor", "Logits", "Head", "Mixture")
 NOISES = ("none", "teacher", "student", "both")
 # Values for the divergences that have parameters and no defaults.
 _CHOSEN: dict[str, Parametrised] = {"alpha_beta": AlphaBeta(0.3, 0.5)}
@@ -49,10 +49,16 @@ class Combination:
         def logits() -> Tensor:
             return (2 * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).to(device)
 
+        def head(width: int) -> Head:
+            shapes = (rows, width), (vocab, width), (vocab,)
+            x, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+            return Head(x, weight, bias, scale=0.5).to(device)
+
         sources = {
             "tensor": lambda: logits(),
             "Logits": lambda: Logits(logits(), scale=0.5, softcap=4.0),
-            "Mixture": lambda: Mixture([logits(), Logits(logits(), scale=2.0), logits()], [0.5, 0.2, 0.3]),
+            "Head": lambda: head(3),
+            "Mixture": lambda: Mixture([logits(), Logits(logits(), 2.0), head(5)], [0.5, 0.2, 0.3]),
         }
         student, teacher = sources[self.student](), sources[self.teacher]()
         if TABLE[self.divergence].binary:
@@ -109,8 +115,9 @@ def table() -> str:
     lines = [
         "# What runs where",
         "",
-        "Each cell stands for the student as a tensor and as `kd.Logits`, with noise on neither, either or",
-        "both sides, with and without stats, with the hard term of labels; the tests run every one of them.",
+        "Each cell stands for the student as a tensor, as `kd.Logits` and as `kd.Head`, with noise on neither,",
+        "either or both sides, with and without stats, with the hard term of labels; the tests run every one",
+        "of them.",
         "What a backend can't do it refuses by name, and `kd.explain` says so beforehand. Made by",
         "`python -m kdkernels.support`.",
         "",

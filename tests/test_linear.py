@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from truth import Options, truth
 
 import kdkernels as kd
-from kdkernels import linear
+from kdkernels import chunks, linear
+from kdkernels.chunks import Job, plan
 from kdkernels.functional import checked_call, complete
 
 WIDTHS = 5, 3  # of student and teacher
@@ -89,7 +90,7 @@ def a_few_rows(p: Pair, rows: int = 3, dropped: bool = False, **options: Any) ->
 
     def fits(budget: int) -> bool:
         try:
-            return linear.plan(linear.Job(call, budget, dropped), want, 10**6, dropped).rows >= rows
+            return plan(Job(call, budget, dropped), want, 10**6, dropped).rows >= rows
         except ValueError:
             return False
 
@@ -356,7 +357,7 @@ def test_no_tensor_of_all_logits_is_made(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor of a half of them, whatever the strides of what is given."""
-    monkeypatch.setattr(linear, "_WIDENED", 256)  # or all of these few rows fit in what a product may take
+    monkeypatch.setattr(chunks, "WIDENED", 256)  # or all of these few rows fit in what a product may take
     rows, vocab = 40, 100
     p = pair(10, 4, dtype=dtype, vocab=vocab)
     p.t_hidden = p.t_hidden.view(4, 10, -1).transpose(0, 1)
@@ -433,7 +434,7 @@ def test_the_budget_is_kept_and_used(backend: str) -> None:
     call = checked_call(p.student(), p.teacher(), None, complete({}), stats=False)
     want, last = linear.wanted(call.student), 10**9
     for budget in (10_000, 20_000, 50_000, 100_000, 10**6):
-        how = linear.plan(linear.Job(call, budget, False), want, 50, False)
+        how = plan(Job(call, budget, False), want, 50, False)
         assert how.bytes <= budget and how.rows * how.chunks >= 50 and how.chunks <= last
         one_less = how.chunks - 1
         assert one_less == 0 or -(-50 // one_less) * (how.bytes // how.rows) > budget
@@ -447,6 +448,18 @@ def test_the_budget_is_kept_and_used(backend: str) -> None:
         else:
             with pytest.raises(ValueError, match="memory_budget must hold a row at least"):
                 kd.kd_loss(p.student(), p.teacher(), backend=backend, memory_budget=written)
+
+
+def test_explain_says_how_rows_are_taken() -> None:
+    """In numbers, and in words."""
+    p = pair(40)
+    found = kd.explain(p.student(), p.teacher(), memory_budget=a_few_rows(p, 7))
+    assert found.plan is not None and found.plan[:2] == (7, 6)
+    assert f"heads: 6 × 7 rows, {found.plan.bytes / 2**20:,.1f} MiB" in str(found)
+    mask = torch.arange(40) < 5
+    dropped = kd.explain(p.student(), p.teacher(), mask=mask).plan
+    assert dropped is not None and dropped[:2] == (5, 1)
+    assert kd.explain(*p.logits()).plan is None
 
 
 # Autograd
@@ -475,7 +488,7 @@ def test_the_reference_is_differentiable_twice(chunks: str) -> None:
     p = pair(4, vocab=6)
     budget = None if chunks == "one" else 6 * 8 * 13 * 2
     call = checked_call(p.student(), p.teacher(), None, complete({}), stats=False)
-    how = linear.plan(linear.Job(call, budget, False), (True,) * 3, 4, False, fused=False)
+    how = plan(Job(call, budget, False), (True,) * 3, 4, False, fused=False)
     assert (how.chunks > 1) == (chunks == "several")
 
     def loss(*parts: Tensor) -> Tensor:
@@ -680,7 +693,7 @@ def test_the_operators_keep_their_promises(backend: str) -> None:
     for reduction in ("mean", "none"):
         call = checked_call(p.student(), p.teacher(), None, complete({"reduction": reduction}), stats=True)
         with Recording():
-            kd_heads(linear.Job(call, None, False), backend)[0].sum().backward()
+            kd_heads(Job(call, None, False), backend)[0].sum().backward()
     assert {func.overloadpacket.__name__ for func, _ in calls} == {"kd_heads_v1", "kd_heads_gradient_v1"}
     for func, args in calls:
         checks = ("test_schema", "test_faketensor")

@@ -1,0 +1,220 @@
+"""Which rows of a call with a `Head` go at once: the parts of a call, and how many fit a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from .reference import compute_dtype, counted_rows
+from .sources import Projection
+from .spec import Call, LossSpec
+
+Wanted = tuple[bool, bool, bool]  # gradients of hidden states (or logits), weight, bias
+
+
+WIDENED = 4 << 20  # bytes of a gradient that products are given more bits of at a time
+
+
+class Job(NamedTuple):
+    """A call with a `Head` on some side, and how it is to be taken apart.
+
+    Attributes:
+        call: With a `Projection` in the place of the logits of each head.
+        memory_budget: Bytes beyond inputs and gradients, or None for the default rule.
+        drop_masked: Whether rows that don't count leave before the products.
+    """
+
+    call: Call
+    memory_budget: int | None
+    drop_masked: bool
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """In which a gradient of this is summed over chunks."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Rows:
+    """The rows of a call by their numbers over the flattened leading dimensions: all, or those that count."""
+
+    def __init__(self, call: Call, drop: bool) -> None:
+        self.leading = call.student.shape[:-1]
+        self.kept: Tensor | None = None
+        given = call.mask is not None or (call.labels is not None and not call.spec.row.binary)
+        # Noise is numbered by row.
+        if drop and given and call.spec.student_noise is None and call.spec.teacher_noise is None:
+            counted = counted_rows(call).flatten()
+            self.kept = counted.nonzero().flatten()  # waits for the device
+            if len(self.kept) == len(counted):
+                self.kept = None
+        self.count = self.leading.numel() if self.kept is None else len(self.kept)
+
+    def take(self, x: Tensor, begin: int, end: int, trailing: int = 0) -> Tensor:
+        """Some rows of `x`, whose last `trailing` dimensions are a row's own; a view where it can be."""
+        leading, own = x.shape[: x.dim() - trailing], x.shape[x.dim() - trailing :]
+        numbers = None if self.kept is None else self.kept[begin:end]
+        try:
+            flat = x.view(leading.numel(), *own)
+        except RuntimeError:  # not of these strides, and a copy of all of it may be as large as the logits
+            if numbers is None:
+                numbers = torch.arange(begin, end, device=x.device)
+            return x[torch.unravel_index(numbers, leading)]
+        return flat[begin:end] if numbers is None else flat.index_select(0, numbers)
+
+    def put(self, rows: Tensor, out: Tensor, begin: int) -> None:
+        """Writes rows to their places in `out`, `[N, ...]`."""
+        if self.kept is None:
+            out[begin : begin + len(rows)].copy_(rows)
+        else:
+            out.index_copy_(0, self.kept[begin : begin + len(rows)], rows)
+
+    def number(self, row: int) -> int:
+        """The number of a row among all."""
+        return row if self.kept is None else int(self.kept[row])
+
+
+@lru_cache(maxsize=1024)
+def _further(spec: LossSpec, rows: int) -> LossSpec:
+    """The same options for rows that have others before them."""
+    noises = {
+        side: noise._replace(row_offset=noise.row_offset + rows)
+        for side in ("student_noise", "teacher_noise")
+        if (noise := getattr(spec, side)) is not None
+    }
+    return replace(spec, **noises) if noises and rows else spec
+
+
+def part_of(call: Call, rows: Rows, begin: int, end: int, items: Tensor | float | None) -> Call:
+    """The call of some rows, heads still heads; a mean is over the items of all of them."""
+
+    def side(x: Any) -> Any:
+        if isinstance(x, Projection):
+            return x._replace(hidden=rows.take(x.hidden, begin, end, 1))
+        return rows.take(x, begin, end, 1)
+
+    def each(x: Tensor | None, trailing: int = 0) -> Tensor | None:
+        return None if x is None else rows.take(x, begin, end, trailing)
+
+    mixture = call.mixture
+    if mixture is not None and mixture.dim() > 1:
+        mixture = each(mixture, 1)
+    return call._replace(
+        student=side(call.student),
+        teachers=tuple(side(v) for v in call.teachers),
+        mixture=mixture,
+        labels=each(call.labels, 1 if call.spec.row.binary else 0),
+        mask=each(call.mask),
+        token_weights=each(call.token_weights),
+        num_items=items,
+        spec=_further(call.spec, begin),
+    )
+
+
+def items_of(call: Call, rows: Rows) -> Tensor | float | None:
+    """What the mean of every part divides by."""
+    if call.spec.reduction != "mean" or call.num_items is not None:
+        return call.num_items
+    if call.mask is None and (call.labels is None or call.spec.row.binary):
+        return rows.count
+    if rows.kept is not None:
+        return rows.count
+    return counted_rows(call).sum().to(compute_dtype(call.student, call.teachers))
+
+
+class Plan(NamedTuple):
+    """How many rows go at once, and how often."""
+
+    rows: int
+    chunks: int
+    bytes: int
+
+    def spans(self, count: int) -> Iterator[tuple[int, int]]:
+        """Where chunks begin and end."""
+        for begin in range(0, max(count, 1), self.rows):
+            yield begin, min(begin + self.rows, count)
+
+
+def plan(job: Job, want: Wanted, count: int, dropped: bool, fused: bool = True) -> Plan:
+    """The fewest chunks that fit the budget; raises where not a row does.
+
+    Counted is what lives beside inputs and gradients: a chunk's logits on every side with a head (the
+    student's become its gradient), chunk-sized copies of rows, weights that autocast casts, and, where a
+    gradient of fewer bits is summed over chunks, its float32 sum.
+    """
+    call, rows = job.call, max(count, 1)
+    student: Any = call.student
+    a_row, always = 0, 0  # bytes of a row of a chunk; of weights that are cast
+    for side in (student, *call.teachers):
+        vocab, size = side.shape[-1], side.dtype.itemsize
+        if isinstance(side, Projection):
+            width, own = side.hidden.shape[-1], side.hidden.dtype
+            a_row += vocab * size
+            if dropped or not _is_flat(side.hidden):
+                a_row += width * own.itemsize
+            if side.dtype != own:
+                a_row += width * size
+            if side.dtype != side.weight.dtype:
+                always += side.weight.numel() * size
+        elif dropped or not _is_flat(side):
+            a_row += vocab * size
+    alone = summed = 0  # of sums in one chunk, in several
+    if fused and isinstance(student, Projection):
+        hidden, weight = student.hidden, student.weight
+        if want[0] and dropped:
+            a_row += hidden.shape[-1] * hidden.dtype.itemsize
+        if want[0] and hidden.dtype != student.dtype:
+            a_row += hidden.shape[-1] * student.dtype.itemsize
+        if want[1]:
+            wide = sum_dtype(weight)
+            if weight.dtype != wide:
+                summed += weight.numel() * wide.itemsize
+            if student.dtype != weight.dtype and weight.device.type != "cuda":
+                alone += weight.numel() * student.dtype.itemsize
+            if student.dtype != wide and weight.device.type != "cuda":
+                summed += WIDENED
+    elif not fused:
+        a_row += _REFERENCE_TEMPORARIES * student.shape[-1] * compute_dtype(student, call.teachers).itemsize
+    if job.memory_budget is None:
+        at_once = tuning.head_rows(student.device.type)
+        if not fused:
+            at_once = max(1, at_once // _REFERENCE_TEMPORARIES)
+    elif always + alone + rows * a_row <= job.memory_budget:
+        at_once = rows
+    else:
+        at_once = (job.memory_budget - always - summed) // a_row
+        if not fused:
+            at_once = max(1, at_once)  # what it takes is an estimate
+        if at_once < 1:
+            raise ValueError(
+                f"memory_budget must hold a row at least, {always + summed + a_row:,} bytes for this call "
+                f"({a_row:,} a row, {always + summed:,} beside them), got {job.memory_budget:,}"
+            )
+        at_once = min(at_once, max(1, rows - 1))  # all at once is another case
+    chunks = -(-rows // min(at_once, rows))
+    each = -(-rows // chunks)
+    # Whole tiles of a product, where that makes no more chunks and fits.
+    tiles = -(-each // _TILE) * _TILE
+    if chunks > 1 and tiles <= at_once and tiles * (chunks - 1) < rows:
+        each = tiles
+    return Plan(each, chunks, always + (alone if chunks == 1 else summed) + each * a_row)
+
+
+_TILE = 64  # rows
+# Tensors of the size of the logits that the reference and its autograd hold at a time, in the dtype that it
+# computes in; about as many for every divergence.
+_REFERENCE_TEMPORARIES = 10
+
+
+def _is_flat(x: Tensor) -> bool:
+    """Whether rows of `[..., X]` are a view."""
+    try:
+        x.view(x.shape[:-1].numel(), x.shape[-1])
+    except RuntimeError:
+        return False
+    return True
