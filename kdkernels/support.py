@@ -115,9 +115,10 @@ def table() -> str:
     lines = [
         "# What runs where",
         "",
-        "Each cell stands for the student as a tensor, as `kd.Logits` and as `kd.Head`, with noise on neither,",
-        "either or both sides, with and without stats, with the hard term of labels; the tests run every one",
-        "of them.",
+        "Each cell stands for the student as a tensor, as `kd.Logits` and as `kd.Head`, with noise on",
+        "neither, either or both sides, with and without stats, with the hard term of labels. The tests run",
+        "every one of them, but that of heads, whose rows go through the kernels of logits, those with all",
+        "options do where kernels are interpreted.",
         "What a backend can't do it refuses by name, and `kd.explain` says so beforehand. Made by",
         "`python -m kdkernels.support`.",
         "",

@@ -37,6 +37,8 @@ def names() -> dict[str, Any]:
         "kd": kd, "F": F, "z": z, "v": v, "y": y, "T": 2.0, "beta": 0.3, "s": 0.5,
         "student_logits": z, "teacher_logits": v, "input_ids": y,
         "count_over_all_of_them": 24, "completion_mask": torch.rand(2, 6) < 0.5,
+        "x": torch.randn(2, 6, 4), "weight": torch.randn(V, 4, requires_grad=True),
+        "t_x": torch.randn(2, 6, 3), "t_weight": torch.randn(V, 3),
         "V": V, "alpha": 1.0, "targets": torch.rand(2, 6, V), "v1": v, "v2": v + 1, "v3": v.flip(-1),
     }  # fmt: skip
 
@@ -48,7 +50,7 @@ def test_the_table_was_found() -> None:
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
 def test_snippets_run(names: dict[str, Any], code: str) -> None:
     exec(compile(code, "<README>", "exec"), names)
-    assert names["z"].grad is not None
+    assert names["z" if "student_logits" in code else "student_hidden"].grad is not None
 
 
 @pytest.mark.parametrize("code", [right for _, right in TABLE])
@@ -92,3 +94,14 @@ def test_other_lines_of_the_table_are_the_same_losses(names: dict[str, Any]) -> 
     mean = sum(F.softmax(x / 2, -1) for x in teachers) / 3
     theirs = F.kl_div(F.log_softmax(z / 2, -1).flatten(0, 1), mean.flatten(0, 1), reduction="batchmean") * 4  # type: ignore[union-attr]
     close(kd.kd_loss(z, kd.Mixture(teachers), temperature=2.0), theirs)
+    x, weight, t_x, t_weight = (names[name] for name in ("x", "weight", "t_x", "t_weight"))
+    ours = kd.kd_loss(kd.Head(x, weight), kd.Head(t_x, t_weight), y, hard_weight=0.1)
+    close(ours, kd.kd_loss(x @ weight.T, t_x @ t_weight.T, y, hard_weight=0.1))
+
+
+def test_what_the_readme_says_is_printed(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """How rows are taken, in the words of `kd.explain`."""
+    snippet = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "kd.Head(" in code)
+    exec(snippet, names)
+    said = re.search(r"# \.\.\. (heads: .*)", snippet)
+    assert said is not None and said[1] in capsys.readouterr().out
