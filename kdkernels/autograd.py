@@ -141,7 +141,7 @@ class HeadFunction(torch.autograd.Function):
         if upstream is None:
             return (None,) * (3 + len(ctx.needs_input_grad[3:]))
 
-        def recompute(upstream: Tensor, job: Job, state: Tensor | None) -> linear.Gradients:
+        def recompute(upstream: Tensor, job: Job, state: linear.State) -> linear.Gradients:
             return linear.backward(upstream, job, ctx.backend, state, ctx.want)
 
         return None, None, None, *backward(ctx, upstream, recompute)

@@ -40,15 +40,19 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def is_masked(call: Call) -> bool:
+    """Whether there may be rows that don't count."""
+    return call.mask is not None or (call.labels is not None and not call.spec.row.binary)
+
+
 class Rows:
     """The rows of a call by their numbers over the flattened leading dimensions: all, or those that count."""
 
-    def __init__(self, call: Call, drop: bool) -> None:
-        self.leading = call.student.shape[:-1]
-        self.kept: Tensor | None = None
-        given = call.mask is not None or (call.labels is not None and not call.spec.row.binary)
+    def __init__(self, call: Call, drop: bool, kept: Tensor | None = None) -> None:
+        self.leading, self.kept = call.student.shape[:-1], kept
         # Noise is numbered by row.
-        if drop and given and call.spec.student_noise is None and call.spec.teacher_noise is None:
+        noise = call.spec.student_noise is not None or call.spec.teacher_noise is not None
+        if kept is None and drop and not noise and is_masked(call):
             counted = counted_rows(call).flatten()
             self.kept = counted.nonzero().flatten()  # waits for the device
             if len(self.kept) == len(counted):
@@ -104,7 +108,7 @@ def part_of(call: Call, rows: Rows, begin: int, end: int, items: Tensor | float 
     mixture = call.mixture
     if mixture is not None and mixture.dim() > 1:
         mixture = each(mixture, 1)
-    return call._replace(
+    part = call._replace(
         student=side(call.student),
         teachers=tuple(side(v) for v in call.teachers),
         mixture=mixture,
@@ -114,15 +118,19 @@ def part_of(call: Call, rows: Rows, begin: int, end: int, items: Tensor | float 
         num_items=items,
         spec=_further(call.spec, begin),
     )
+    student: Any = part.student
+    if rows.kept is None and is_masked(call) and isinstance(student, Projection):
+        # In the gradient of the weight a row of zeros meets hidden states, and those may hold a NaN.
+        counted = counted_rows(part).unsqueeze(-1)
+        student = student._replace(hidden=torch.where(counted, student.hidden, 0.0))
+    return part._replace(student=student)
 
 
 def items_of(call: Call, rows: Rows) -> Tensor | float | None:
     """What the mean of every part divides by."""
     if call.spec.reduction != "mean" or call.num_items is not None:
         return call.num_items
-    if call.mask is None and (call.labels is None or call.spec.row.binary):
-        return rows.count
-    if rows.kept is not None:
+    if rows.kept is not None or not is_masked(call):
         return rows.count
     return counted_rows(call).sum().to(compute_dtype(call.student, call.teachers))
 
@@ -155,7 +163,7 @@ def plan(job: Job, want: Wanted, count: int, dropped: bool, fused: bool = True) 
         if isinstance(side, Projection):
             width, own = side.hidden.shape[-1], side.hidden.dtype
             a_row += vocab * size
-            if dropped or not _is_flat(side.hidden):
+            if dropped or not _is_flat(side.hidden) or (side is student and is_masked(call)):
                 a_row += width * own.itemsize
             if side.dtype != own:
                 a_row += width * size

@@ -8,7 +8,7 @@ of the weight, 8 · V · d bytes in float32, so few large chunks are made, as la
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,12 +77,12 @@ def _widened_rows(columns: int, dtype: torch.dtype) -> int:
 class _Side:
     """A side's logits of a chunk: a head's are made in one buffer, those that exist are looked at."""
 
-    def __init__(self, side: Any, rows: int) -> None:
+    def __init__(self, side: Any, rows: int, backend: Any) -> None:
         self.projection = side if isinstance(side, Projection) else None
         if self.projection is not None:
             self.weight, bias = self.projection.weight.to(side.dtype), self.projection.bias
             self.bias = None if bias is None else bias.to(side.dtype)
-            self.buffer = torch.empty(rows, side.shape[-1], dtype=side.dtype, device=side.device)
+            self.buffer = backend.empty((rows, side.shape[-1]), side.dtype, side.device)
         self.hidden: Tensor | None = None
 
     def logits(self, side: Any) -> Tensor:
@@ -99,8 +99,8 @@ class _Side:
 class _Sums:
     """The gradients of a student's parts, chunk by chunk."""
 
-    def __init__(self, student: Any, want: Wanted, how: Plan, rows: Rows) -> None:
-        self.rows, self.first, self.alone = rows, True, how.chunks == 1
+    def __init__(self, student: Any, want: Wanted, how: Plan, rows: Rows, backend: Any) -> None:
+        self.backend, self.rows, self.first, self.alone = backend, rows, True, how.chunks == 1
         self.logits = self.hidden = self.weight = self.bias = None
         self.parts = student
         if not isinstance(student, Projection):
@@ -112,16 +112,15 @@ class _Sums:
             if x is None or not wanted:
                 return None
             dtype = x.dtype if self.alone else sum_dtype(x)
-            return torch.empty(x.shape, dtype=dtype, device=x.device)
+            return backend.empty(x.shape, dtype, x.device)
 
         self.weight, self.bias = sums(student.weight, want[1]), sums(student.bias, want[2])
 
     def _empty(self, x: Tensor, wanted: bool) -> Tensor | None:
         if not wanted:
             return None
-        # Rows that were dropped have exactly 0.
-        make = torch.empty if self.rows.kept is None else torch.zeros
-        return make(x.shape, dtype=x.dtype, device=x.device)
+        made = self.backend.empty(x.shape, x.dtype, x.device)
+        return made if self.rows.kept is None else made.zero_()  # rows that were dropped have exactly 0
 
     def place(self, z: Tensor, begin: int) -> Tensor:
         """Where a chunk's gradient of the logits is written: in the place of logits that are ours."""
@@ -171,22 +170,38 @@ def plan_of(job: Job, fused: bool) -> Plan:
     return plan(job, wanted(job.call.student), rows.count, rows.kept is not None, fused)
 
 
-def _launch(job: Job, want: Wanted) -> tuple[Call, Rows, Plan]:
+class State(NamedTuple):
+    """What backward needs where forward made no gradient: the rows' state, and which of them were kept."""
+
+    rows: Tensor | None
+    kept: Tensor | None
+
+
+class Result(NamedTuple):
+    """Of a forward pass."""
+
+    loss: Tensor
+    stats: Tensor | None
+    gradients: Gradients
+    state: State
+
+
+def _launch(job: Job, want: Wanted, kept: Tensor | None = None) -> tuple[Call, Rows, Plan]:
     """The call without its graph, its rows and how they are taken."""
     call = job.call
     # What is given may require grad, and nothing here is recorded.
     call = call._replace(student=call.student.detach(), teachers=tuple(v.detach() for v in call.teachers))
-    rows = Rows(call, job.drop_masked)
+    rows = Rows(call, job.drop_masked, kept)
     return call, rows, plan(job, want, rows.count, rows.kept is not None)
 
 
 @torch.no_grad()
-def forward(job: Job, backend: Any, keep: str, want: Wanted) -> tuple[Tensor, Tensor | None, Gradients, Any]:
+def forward(job: Job, backend: Any, keep: str, want: Wanted) -> Result:
     """Loss, stats, and gradients of the parts where `keep` is `gradient`, or the rows' `state`."""
     with torch.autocast(job.call.student.device.type, enabled=False):
         call, rows, how = _launch(job, want)
-        sums = _Sums(call.student, want if keep == "gradient" else (False,) * 3, how, rows)
-        sides = [_Side(side, how.rows) for side in (call.student, *call.teachers)]
+        sums = _Sums(call.student, want if keep == "gradient" else (False,) * 3, how, rows, backend)
+        sides = [_Side(side, how.rows, backend) for side in (call.student, *call.teachers)]
         items = items_of(call, rows)
         losses, figures, answered, states = [], [], [], []
         for begin, end in how.spans(rows.count):
@@ -203,27 +218,23 @@ def forward(job: Job, backend: Any, keep: str, want: Wanted) -> tuple[Tensor, Te
                 figures.append(stats)
                 answered.append(_answered(part, stats))
         state = torch.cat(states, 1) if states and states[0] is not None else None
-        return (
-            _whole_loss(losses, call.spec, rows),
-            _whole_stats(figures, answered, call.spec) if figures else None,
-            sums.all(),
-            state,
-        )
+        stats = _whole_stats(figures, answered, call.spec) if figures else None
+        return Result(_whole_loss(losses, call.spec, rows), stats, sums.all(), State(state, rows.kept))
 
 
 @torch.no_grad()
-def backward(upstream: Tensor, job: Job, backend: Any, state: Tensor | None, want: Wanted) -> Gradients:
+def backward(upstream: Tensor, job: Job, backend: Any, state: State, want: Wanted) -> Gradients:
     """The gradients of the parts where forward kept none: logits once more, upstream before the rounding."""
     with torch.autocast(job.call.student.device.type, enabled=False):
-        call, rows, how = _launch(job, want)
-        sums = _Sums(call.student, want, how, rows)
-        sides = [_Side(side, how.rows) for side in (call.student, *call.teachers)]
+        call, rows, how = _launch(job, want, state.kept)
+        sums = _Sums(call.student, want, how, rows, backend)
+        sides = [_Side(side, how.rows, backend) for side in (call.student, *call.teachers)]
         items = items_of(call, rows)
         for begin, end in how.spans(rows.count):
             part = _materialised(part_of(call, rows, begin, end, items), sides)
             factor = rows.take(upstream, begin, end) if upstream.dim() else upstream
             out = sums.place(part.student, begin)
-            kept = None if state is None else state[:, begin:end].contiguous()
+            kept = None if state.rows is None else state.rows[:, begin:end].contiguous()
             sums.add(sides[0], backend.gradient(factor, part, kept, out), begin)
         return sums.all()
 

@@ -282,9 +282,8 @@ def _or_nothing(like: Tensor, gradients: linear.Gradients) -> tuple[Tensor, ...]
 def _heads_forward(*inputs: Any) -> tuple[Tensor, ...]:
     job, backend, want = _job(inputs)
     keep = inputs[-2]
-    loss, figures, gradients, state = linear.forward(job, backend, keep, want)
-    if state is None:
-        state = _no_state(loss, inputs)
+    loss, figures, gradients, kept = linear.forward(job, backend, keep, want)
+    state = _no_state(loss, inputs) if kept.rows is None else kept.rows
     figures = loss.new_empty(0) if figures is None else figures
     return loss, figures, state, *_or_nothing(loss, gradients)
 
@@ -322,7 +321,8 @@ def _part_shapes(inputs: Sequence[Any], kept: bool) -> tuple[Tensor, ...]:
 @torch.library.impl("kdkernels::kd_heads_gradient_v1", "CompositeExplicitAutograd")
 def _heads_gradient(upstream: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     job, backend, want = _job(inputs[:-1])
-    return _or_nothing(upstream, linear.backward(upstream, job, backend, inputs[-1], want))
+    state = linear.State(inputs[-1], None)
+    return _or_nothing(upstream, linear.backward(upstream, job, backend, state, want))
 
 
 @torch.library.register_fake("kdkernels::kd_heads_gradient_v1")

@@ -383,7 +383,7 @@ def test_dropped_rows_cost_one_look_at_the_mask(backend: str) -> None:
         with operations() as counted:
             loss = kd.kd_loss(
                 p.student(), p.teacher(), backend=backend, mask=mask, drop_masked=drop, reduction="sum",
-                memory_budget=a_few_rows(p, 20, drop),
+                memory_budget=a_few_rows(p, 20, drop, mask=mask),
             )  # fmt: skip
             loss.backward()
         found[drop] = counted
@@ -529,11 +529,15 @@ def test_masked_rows_may_hold_anything(backend: str) -> None:
     p = pair(6)
     mask = torch.tensor([True, True, False, True, False, True])
     with torch.no_grad():
-        p.t_hidden[2] = torch.nan
-    for drop in (True, False):
-        loss = kd.kd_loss(p.student(), p.teacher(), backend=backend, mask=mask, drop_masked=drop)
-        gradients = torch.autograd.grad(loss, p.parts)
-        assert loss.isfinite() and all(x.isfinite().all() for x in gradients)
+        p.t_hidden[2] = p.hidden[4] = torch.nan
+    for reduction in ("mean", "none"):
+        for drop in (True, False):
+            loss = kd.kd_loss(
+                p.student(), p.teacher(), backend=backend, mask=mask, drop_masked=drop, reduction=reduction
+            )
+            gradients = torch.autograd.grad(loss.sum(), p.parts)
+            assert loss.isfinite().all() and all(x.isfinite().all() for x in gradients)
+            assert (gradients[0][~mask] == 0).all()
 
 
 # Sources

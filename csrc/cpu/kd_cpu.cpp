@@ -24,7 +24,7 @@
 #include <sys/mman.h>
 #endif
 
-#define KD_ABI 6
+#define KD_ABI 7
 #define KD_MAX_DIMS 8
 
 // ---------------------------------------------------------------------------------------------- the C interface
@@ -98,6 +98,16 @@ struct KdTable {
                     double* phi, double* g);
   void (*words)(int64_t seed, int64_t row, int64_t stream, int64_t groups, uint32_t* out);
 };
+
+// Advice that fresh memory be given in pages of 2 MiB: most of the time of a first write is page faults. Memory that has
+// its pages already stays as it is, and so does everything where the system has no such pages.
+static inline void ask_for_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 1 << 16;  // the largest ordinary page of any machine: a partial one isn't ours
+  uintptr_t begin = ((uintptr_t)memory + kPage - 1) & -kPage, end = ((uintptr_t)memory + bytes) & -kPage;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 #ifndef KD_DISPATCH
 // ---------------------------------------------------------------------------------------------- one variant
@@ -432,16 +442,6 @@ KdRange choose_rows(const KdOptions& o, const KdCall& c) {
   return nullptr;
 }
 
-// Advice that fresh memory be given in pages of 2 MiB: most of the time of a first write is page faults. Memory that has
-// its pages already stays as it is, and so does everything where the system has no such pages.
-void ask_for_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 1 << 16;  // the largest ordinary page of any machine: a partial one isn't ours
-  uintptr_t begin = ((uintptr_t)memory + kPage - 1) & -kPage, end = ((uintptr_t)memory + bytes) & -kPage;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 template <class R>
 int64_t run(const KdOptions& o, const KdCall& c) {
   int64_t counted = 0, labelled = 0;
@@ -640,6 +640,9 @@ KD_EXPORT int64_t kd_divergence(const char* name) {
 KD_EXPORT int64_t kd_run(int64_t variant, const KdOptions* options, const KdCall* call) {
   return table_of(variant)->run(options, call);
 }
+
+// For memory that nobody has touched yet.
+KD_EXPORT void kd_huge_pages(void* memory, int64_t bytes) { ask_for_huge_pages(memory, bytes); }
 
 KD_EXPORT void kd_scale(int64_t variant, const void* in, void* out, int64_t rows, int64_t classes, int64_t type,
                         const void* upstream, int64_t upstream_type, int64_t upstream_stride, int64_t grain,

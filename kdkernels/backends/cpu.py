@@ -20,7 +20,7 @@ from ..spec import REDUCTIONS, STATS, Call, LossSpec
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
 # Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
-_ABI = 6
+_ABI = 7
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2}
 _MAX_DIMS = 8
@@ -109,6 +109,14 @@ class CpuBackend:
             library.parallel_for,
         )  # fmt: skip
         return out
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for something large: most of the time of a first write to small pages is page faults."""
+        made = torch.empty(shape, dtype=dtype)
+        size = made.numel() * made.element_size()
+        if size >= tuning.CPU.huge_bytes:
+            self._library.huge_pages(made.data_ptr(), size)
+        return made
 
     def pointwise(
         self, name: str, params: tuple[float, ...], lq: Tensor, lp: Tensor
@@ -238,13 +246,14 @@ class _Library:
         )
         lib.kd_pointwise.argtypes = [i64, i64, ctypes.c_char_p, i64, ptr, ptr, ptr, ptr]
         lib.kd_pointwise.restype = None
+        lib.kd_huge_pages.argtypes, lib.kd_huge_pages.restype = [ptr, i64], None
         lib.kd_words.argtypes, lib.kd_words.restype = [i64, i64, i64, i64, i64, ptr], None
         names: list[str] = []
         while (name := lib.kd_variant(len(names))) is not None:
             names.append(name.decode())
         self.variants = tuple(names)
-        self._number, self.run, self.scale, self.pointwise, self.words = (
-            lib.kd_divergence, lib.kd_run, lib.kd_scale, lib.kd_pointwise, lib.kd_words
+        self._number, self.run, self.scale, self.pointwise, self.words, self.huge_pages = (
+            lib.kd_divergence, lib.kd_run, lib.kd_scale, lib.kd_pointwise, lib.kd_words, lib.kd_huge_pages
         )  # fmt: skip
         self.parallel_for = _torch_parallel_for()
 

@@ -79,6 +79,10 @@ class TritonBackend:
         """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""
         return self._launch.scale(gradient, upstream, in_place)
 
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for something large."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
 
 @cache
 def _uncompilable(phi: Callable[..., Any], g: Callable[..., Any], params: int) -> str | None:
