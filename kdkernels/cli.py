@@ -81,7 +81,7 @@ def build() -> "typer.Typer":
         minutes: Annotated[
             float,
             typer.Option(help="About how long to train and measure on 2 CPU cores; more trains longer."),
-        ] = 6.0,
+        ] = 7.0,
         seeds: Annotated[int, typer.Option(help="Students of each kind.")] = 3,
         device: Annotated[
             str | None,

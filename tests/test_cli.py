@@ -175,10 +175,10 @@ def test_a_missing_extra_ends_the_process_with_one_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--minutes", "5.5"], "--minutes must be at least 6, got 5.5"),
-        (["--minutes", "-1"], "--minutes must be at least 6, got -1"),
-        (["--minutes", "nan"], "--minutes must be at least 6, got nan"),
-        (["--minutes", "inf"], "--minutes must be at least 6, got inf"),
+        (["--minutes", "6.5"], "--minutes must be at least 7, got 6.5"),
+        (["--minutes", "-1"], "--minutes must be at least 7, got -1"),
+        (["--minutes", "nan"], "--minutes must be at least 7, got nan"),
+        (["--minutes", "inf"], "--minutes must be at least 7, got inf"),
         (["--seeds", "1"], "--seeds must be at least 2, so that there is a spread to compare with, got 1"),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
         (["--device", ""], "--device must be cpu or cuda, got ''"),
@@ -220,7 +220,7 @@ def test_options_reach_the_demo(started: list[Any], tmp_path: Path) -> None:
     assert status("demo", *options) == 0
     cpu = torch.device("cpu")
     assert started == [
-        (config_for(6.0, 3), Path("runs/demo"), cpu),
+        (config_for(7.0, 3), Path("runs/demo"), cpu),
         (config_for(8.0, 5), tmp_path, cpu),
     ]
 

@@ -25,6 +25,7 @@ import torch
 pytest.importorskip("tokenizers", reason="the demo needs kdkernels[cli]")
 pytest.importorskip("matplotlib", reason="the demo needs kdkernels[cli]")
 
+import kdkernels as kd
 from kdkernels import bench
 from kdkernels.demo import corpus, head, objectives, parts, report
 from kdkernels.demo import run as demo_run
@@ -305,15 +306,27 @@ def test_the_model_is_causal_and_starts_at_its_prior() -> None:
     assert (model(changed)[:, 5] - logits[:, 5]).abs().max() > 1e-6
 
 
+def test_the_models_logits_are_the_head_of_its_hidden_states() -> None:
+    torch.manual_seed(0)
+    model = Transformer(5, 8, Shape(2, 16, 2), torch.tensor([0.5, 0.3, 0.1, 0.05, 0.05]))
+    ids = torch.tensor([[0, 1, 2, 3, 4, 0], [4, 4, 1, 0, 2, 2]])
+    hidden = model.hidden(ids)
+    assert hidden.shape == (2, 6, 16)
+    # The final norm is in them.
+    torch.testing.assert_close(hidden.square().mean(-1), torch.ones(2, 6), atol=1e-3, rtol=0)
+    assert torch.equal(model(ids), torch.nn.functional.linear(hidden, model.embed.weight, model.bias))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_eager_and_fused_are_the_formula(temperature: float) -> None:
     mix = Mix(temperature, soft_weight=0.7, hard_weight=0.3)
-    z, v = 3 * torch.randn(6, 40), 3 * torch.randn(6, 40)
+    hidden, weight, bias = torch.randn(6, 9), torch.randn(40, 9), torch.randn(40)
+    z, v = torch.nn.functional.linear(hidden, weight, bias), 3 * torch.randn(6, 40)
     labels = torch.randint(40, (6,))
 
-    def value_and_gradient(objective: objectives.Objective) -> tuple[float, torch.Tensor]:
+    def value_and_gradient(loss: objectives.Loss) -> tuple[float, torch.Tensor]:
         student = z.clone().requires_grad_()
-        value = objective(student, v, labels)
+        value = loss(student, v, labels)
         value.backward()
         assert student.grad is not None
         return value.item(), student.grad.double()
@@ -336,6 +349,82 @@ def test_eager_and_fused_are_the_formula(temperature: float) -> None:
     value, grad = value_and_gradient(objectives.hard(mix))
     assert value == pytest.approx(hard.item(), rel=1e-6)
     torch.testing.assert_close(grad, (plain - one_hot) / 6, atol=1e-6, rtol=0)
+    # Of heads: of the logits that they would make, and on to their parts.
+    parts = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    whole = objectives.fused(mix)(kd.Head(*parts), kd.Head(v, torch.eye(40)), labels)
+    whole.backward()
+    assert whole.item() == pytest.approx(expected, rel=1e-6)
+    products = (gradient @ weight.double(), gradient.T @ hidden.double(), gradient.sum(0))
+    for part, product in zip(parts, products, strict=True):
+        assert part.grad is not None
+        torch.testing.assert_close(part.grad.double(), product, atol=5e-6, rtol=0)
+
+
+class Watched:
+    """A student, a teacher that requires grad, a batch, and whose logits were made of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.manual_seed(0)
+        self.student = Transformer(30, 6, Shape(1, 16, 2))
+        self.teacher = Transformer(30, 6, Shape(2, 24, 2))
+        with torch.no_grad():
+            # Far enough from uniform for the objectives to differ.
+            for model in (self.student, self.teacher):
+                model.embed.weight.mul_(20)
+        self.ids, self.labels = torch.randint(30, (3, 6)), torch.randint(30, (18,))
+        self.ran: list[tuple[str, str]] = []
+        for method in ("hidden", "forward"):
+            monkeypatch.setattr(Transformer, method, self.spy(method, getattr(Transformer, method)))
+
+    def spy(self, method: str, actual: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def spied(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
+            self.ran.append(("student" if model is self.student else "teacher", method))
+            return actual(model, ids)
+
+        return spied
+
+    def step(self, name: str, mix: Mix) -> tuple[float, dict[str, torch.Tensor]]:
+        """Loss and gradients of a step."""
+        self.ran.clear()
+        for model in (self.student, self.teacher):
+            model.zero_grad(set_to_none=True)
+        value = objectives.STUDENTS[name].step_loss(mix, self.teacher)(self.student, self.ids, self.labels)
+        value.backward()
+        assert all(p.grad is None for p in self.teacher.parameters())
+        gradients = {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
+        assert len(gradients) == len(list(self.student.parameters()))
+        return value.item(), gradients
+
+
+@pytest.mark.parametrize("name", ["kd_loss", "heads"])
+def test_the_fused_steps_are_eagers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, mix = Watched(monkeypatch), Mix(1.5, soft_weight=0.7, hard_weight=0.3)
+    value, gradients = watched.step("eager", mix)
+    got, others = watched.step(name, mix)
+    assert got == pytest.approx(value, rel=1e-5)
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(others[parameter], gradient, atol=1e-5, rtol=1e-4)
+    # The teacher does matter.
+    alone, _ = watched.step("hard", mix)
+    assert abs(alone - value) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hard", {("student", "hidden"), ("student", "forward")}),
+        ("eager", {(m, what) for m in ("student", "teacher") for what in ("hidden", "forward")}),
+        ("kd_loss", {(m, what) for m in ("student", "teacher") for what in ("hidden", "forward")}),
+        ("heads", {("student", "hidden"), ("teacher", "hidden")}),
+    ],
+)
+def test_a_step_makes_no_logits_it_does_not_need(
+    name: str, expected: set[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    watched.step(name, Mix())
+    assert set(watched.ran) == expected
+    assert len(watched.ran) == len(expected)
 
 
 # Parts
@@ -532,8 +621,8 @@ def fresh(data: Data, seed: int = 1) -> Run:
     return Run(RECIPE, seed, data, np.full(data.vocab, 1 / data.vocab), CPU)
 
 
-def cross_entropy(z: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(z, labels)
+def cross_entropy(model: Transformer, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), labels)
 
 
 class Stop(Exception):
@@ -651,8 +740,8 @@ def test_score_is_every_prediction_but_a_windows_first_token() -> None:
 
 def test_more_minutes_are_more_steps_and_nothing_else() -> None:
     assert config_for() == Config()
-    longer = config_for(10.0, 4)
-    # The default's 6 minutes have 4 that grow; 10 have 8.
+    longer = config_for(11.5, 4)
+    # The default's 7 minutes have 4.5 that grow; 11.5 have 9.
     assert longer.teacher.steps == 2 * Config().teacher.steps
     assert longer.student.steps == 2 * Config().student.steps
     assert longer.seeds == (0, 1, 2, 3)
@@ -660,16 +749,28 @@ def test_more_minutes_are_more_steps_and_nothing_else() -> None:
     assert replace(longer, **same) == Config()
 
 
-@pytest.mark.parametrize("minutes", [5.9, 0.0, -7.0, math.nan, math.inf])
+@pytest.mark.parametrize("minutes", [6.9, 0.0, -7.0, math.nan, math.inf])
 def test_impossible_minutes_are_refused(minutes: float) -> None:
-    with pytest.raises(ValueError, match=f"--minutes must be at least 6, got {minutes:g}"):
+    with pytest.raises(ValueError, match=f"--minutes must be at least 7, got {minutes:g}"):
         config_for(minutes)
 
 
 @pytest.mark.parametrize("seeds", [1, 0, -1])
 def test_too_few_seeds_are_refused(seeds: int) -> None:
     with pytest.raises(ValueError, match=f"--seeds must be at least 2, .*, got {seeds}"):
-        config_for(6.0, seeds)
+        config_for(7.0, seeds)
+
+
+def test_a_head_says_what_it_starts_from() -> None:
+    assert Head(4, 128_256).words == "V = 128,256 from logits"
+    assert Head(4, 300, 8, 12).words == "V = 300 from hidden states, 8 and 12 wide"
+    for one_sided in ((8, 0), (0, 12)):
+        with pytest.raises(ValueError, match=rf"both widths must be 0 or neither, got \({one_sided[0]}, "):
+            Head(4, 300, *one_sided)
+    # What the report calls the same size is the same size.
+    sizes = [Head(4, 300), Head(4, 300, 8, 12), Head(4, 300, 12, 8), Head(4, 301), Head(5, 300)]
+    assert [report.size_of(asdict(size)) for size in sizes] == sizes
+    assert report.size_of(asdict(Head(4, 300, repeats=2))) == Head(4, 300)
 
 
 def test_devices() -> None:
@@ -688,11 +789,10 @@ def test_devices() -> None:
 # Report
 
 
-def measured(implementation: str, rows: int, vocab: int, seconds: float) -> dict[str, Any]:
+def measured(implementation: str, size: Head, seconds: float) -> dict[str, Any]:
     return {
         "implementation": implementation,
-        "rows": rows,
-        "vocab": vocab,
+        **asdict(size),
         "seconds": seconds,
         "best_seconds": seconds,
         "first_seconds": seconds,
@@ -706,7 +806,8 @@ def measured(implementation: str, rows: int, vocab: int, seconds: float) -> dict
     }
 
 
-SIZES = ((4, 300), (2, 128_256))
+# Two differ in nothing but what they start from.
+SIZES = (Head(4, 300), Head(2, 128_256), Head(2, 128_256, 8, 12, repeats=3))
 
 
 def good() -> dict[str, Any]:
@@ -716,13 +817,16 @@ def good() -> dict[str, Any]:
         facts = {"bits_per_byte": bits, "tokens": tokens, "steps": 60, "seconds": 6.0, "step_seconds": 0.1}
         return facts if seed is None else {"seed": seed, **facts}
 
-    bits = {"hard": (1.88, 1.92), "eager": (1.70, 1.71), "kd_loss": (1.70, 1.72)}
+    bits = {
+        "hard": (1.88, 1.92),
+        "eager": (1.70, 1.71),
+        "kd_loss": (1.70, 1.72),
+        "heads": (1.71, 1.73),
+    }
     losses = {name: [[4.0 + 0.01 * step for step in range(60)]] * 2 for name in bits}
     curve = [[0.0, 5.0], [30.0, 2.5], [60.0, 1.8]]
     return {
-        "config": json.loads(
-            json.dumps(asdict(Config(seeds=(0, 1), heads=tuple(Head(*size) for size in SIZES))))
-        ),
+        "config": json.loads(json.dumps(asdict(Config(seeds=(0, 1), heads=SIZES)))),
         "environment": {
             "processor": "a processor",
             "threads": 2,
@@ -748,15 +852,18 @@ def good() -> dict[str, Any]:
         },
         "scored_bytes": 1000,
         "scored_tokens": 300,
-        "curve_difference": {"early_steps": 50, "early": 2e-7, "overall": 3e-6},
+        "curve_difference": {
+            "kd_loss": {"early_steps": 50, "early": 2e-7, "overall": 3e-6},
+            "heads": {"early_steps": 50, "early": 4e-7, "overall": 5e-6},
+        },
         "curves": {
             "teacher": curve,
             **{name: [curve, curve] for name in bits},
             "losses": losses,
-            "gap": [[1e-7] * 60, [0.0] * 60],
+            "gap": {name: [[1e-7] * 60, [0.0] * 60] for name in ("kd_loss", "heads")},
         },
         "heads": [
-            measured(name, *size, seconds)
+            measured(name, size, seconds)
             for size in SIZES
             for name, seconds in (("eager", 0.04), ("torch.compile", 0.02), ("kd_loss", 0.01))
         ],
@@ -827,29 +934,49 @@ SPOILT: dict[str, tuple[Spoil, list[str]]] = {
         _set("students", "kd_loss", 0, "bits_per_byte", value=math.inf),
         ["not measured: student, distilled, kd_loss: a model diverged"],
     ),
+    "heads student diverged": (
+        _set("students", "heads", 1, "bits_per_byte", value=math.nan),
+        ["not measured: student, distilled, kd_loss of heads: a model diverged"],
+    ),
     "curves": (
-        _set("curve_difference", "early", value=1.1e-3),
-        ["fused and eager loss curves differ by 0.0011 nats in the first 50 steps, more than 0.001"],
+        _set("curve_difference", "kd_loss", "early", value=1.1e-3),
+        ["the loss curves of kd_loss and eager differ by 0.0011 nats in the first 50 steps, more than 0.001"],
     ),
     "curves of NaN": (
-        _set("curve_difference", "early", value=math.nan),
-        ["fused and eager loss curves differ by nan nats in the first 50 steps"],
+        _set("curve_difference", "kd_loss", "early", value=math.nan),
+        ["the loss curves of kd_loss and eager differ by nan nats in the first 50 steps"],
     ),
     "short curves": (
-        _set("curve_difference", "early_steps", value=49),
-        ["the loss curves have 49 steps, fewer than 50"],
+        _set("curve_difference", "kd_loss", "early_steps", value=49),
+        ["the loss curves of kd_loss and eager have 49 steps, fewer than 50"],
+    ),
+    "curves of heads": (
+        _set("curve_difference", "heads", "early", value=1.1e-3),
+        ["the loss curves of kd_loss of heads and eager differ by 0.0011 nats in the first 50 steps"],
+    ),
+    "curves of heads of NaN": (
+        _set("curve_difference", "heads", "early", value=math.nan),
+        ["the loss curves of kd_loss of heads and eager differ by nan nats in the first 50 steps"],
+    ),
+    "short curves of heads": (
+        _set("curve_difference", "heads", "early_steps", value=49),
+        ["the loss curves of kd_loss of heads and eager have 49 steps, fewer than 50"],
     ),
     "a head with an error": (
-        _set("heads", 1, value={**measured("torch.compile", 4, 300, 1.0), "error": "no compiler"}),
-        ["not measured: torch.compile at V = 300: no compiler"],
+        _set("heads", 1, value={**measured("torch.compile", SIZES[0], 1.0), "error": "no compiler"}),
+        ["not measured: torch.compile at V = 300 from logits: no compiler"],
     ),
     "a head that isn't there": (
         lambda figures: figures["heads"].pop(4),
-        ["not measured: torch.compile at V = 128,256"],
+        ["not measured: torch.compile at V = 128,256 from logits"],
+    ),
+    "a head from hidden states that isn't there": (
+        lambda figures: figures["heads"].pop(8),
+        ["not measured: kd_loss at V = 128,256 from hidden states, 8 and 12 wide"],
     ),
     "no peak": (
         _set("heads", 5, "peak_bytes", value=None),
-        ["not measured: peak memory of kd_loss at V = 128,256"],
+        ["not measured: peak memory of kd_loss at V = 128,256 from logits"],
     ),
     "unfused": (
         _unfused,
@@ -857,11 +984,21 @@ SPOILT: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "another loss": (
         _set("heads", 2, "loss", value=2.5 * (1 + 2e-4)),
-        ["kd_loss and eager compute different losses at V = 300: loss 2.5005 and 2.5"],
+        ["kd_loss and eager compute different losses at V = 300 from logits: loss 2.5005 and 2.5"],
     ),
     "another gradient": (
         _set("heads", 4, "gradient_norm", value=math.nan),
-        ["torch.compile and eager compute different losses at V = 128,256: gradient_norm nan and 0.125"],
+        [
+            "torch.compile and eager compute different losses at V = 128,256 from logits: gradient_norm nan "
+            "and 0.125"
+        ],
+    ),
+    "another gradient from hidden states": (
+        _set("heads", 8, "gradient_norm", value=0.125 * (1 + 2e-4)),
+        [
+            "kd_loss and eager compute different losses at V = 128,256 from hidden states, 8 and 12 wide: "
+            "gradient_norm 0.125025 and 0.125"
+        ],
     ),
 }
 
@@ -881,10 +1018,14 @@ def test_the_verdict_names_each_failure(spoil: Spoil, expected: list[str]) -> No
 
 def test_what_is_within_the_tolerance_holds() -> None:
     figures = good()
-    figures["curve_difference"]["early"] = 1e-3
-    # After the first steps roundings have grown: said, not judged.
-    figures["curve_difference"]["overall"] = 0.5
+    for difference in figures["curve_difference"].values():
+        difference["early"] = 1e-3
+        # After the first steps roundings have grown: said, not judged.
+        difference["overall"] = 0.5
     figures["heads"][2]["loss"] = 2.5 * (1 - 9e-5)
+    # From hidden states the loss may be another one.
+    for entry in figures["heads"][6:]:
+        entry["loss"] = 3.5
     # An accelerator that this version has no kernel for: a note, not a failure.
     figures["backend"] = {"name": "reference", "reasons": {"cuda": "not in this version", "cpu": "on a GPU"}}
     figures["environment"]["device"] = "cuda"
@@ -942,6 +1083,16 @@ def test_distillation_in_words() -> None:
     assert words((2.0, 2.1), (2.2, 2.1)).startswith(f"{worse} (-0.1000")
 
 
+def test_notes_name_both_fused_curves() -> None:
+    said = report.notes(good())
+    largest = "Largest difference between the eager and the"
+    assert [note for note in said if note.startswith(largest)] == [
+        f"{largest} kd_loss curves: 2e-07 nats over the first 50 steps, 3e-06 overall.",
+        f"{largest} kd_loss of heads curves: 4e-07 nats over the first 50 steps, 5e-06 overall.",
+    ]
+    assert any("hidden states, weights and biases in the place of logits" in note for note in said)
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -950,28 +1101,33 @@ def test_markdown_has_both_tables() -> None:
     figures = good()
     figures["heads"][1] = {**figures["heads"][1], "error": "no compiler"}
     figures["heads"][5]["peak_bytes"] = None
+    for entry in (figures["heads"][6], figures["heads"][8]):
+        entry["seconds"] *= 5
     lines = [cells(line) for line in report.markdown(figures).splitlines() if line.startswith("|")]
-    rows = {(row[0], row[2]): row for row in lines}
-    assert rows["unigram", ""] == ["unigram", "2.500", "", "300,000", ""]
-    assert rows["bigram", ""] == ["bigram", "2.000", "", "300,000", ""]
-    assert rows["teacher", ""] == ["teacher", "1.500", "", "300,000", "100"]
+    rows = {row[0]: row for row in lines}
+    assert rows["unigram"] == ["unigram", "2.500", "", "300,000", ""]
+    assert rows["bigram"] == ["bigram", "2.000", "", "300,000", ""]
+    assert rows["teacher"] == ["teacher", "1.500", "", "300,000", "100"]
     # Means of two seeds.
     students = [row[:4] for row in lines if row[0].startswith("student")]
     assert students == [
         ["student, hard labels only", "1.900", "1.880 to 1.920", "100,000"],
         ["student, distilled, eager PyTorch", "1.705", "1.700 to 1.710", "100,000"],
         ["student, distilled, kd_loss", "1.710", "1.700 to 1.720", "100,000"],
+        ["student, distilled, kd_loss of heads", "1.720", "1.710 to 1.730", "100,000"],
     ]
-    # 40 ms / 10 ms.
-    assert rows["eager", "300"] == ["eager", "4", "300", "40.0", "4.0", "3"]
-    assert rows["torch.compile", "300"] == ["torch.compile", "4", "300", "not measured: no compiler", "", ""]
-    assert rows["kd_loss (cpu)", "128,256"] == [
-        "kd_loss (cpu)",
-        "2",
-        "128,256",
-        "10.0",
-        "1.0",
-        "not measured",
+    # 40 ms / 10 ms; where both are 5 times as slow from hidden states, 200 ms / 50 ms.
+    wide = "hidden states, 8 and 12 wide"
+    assert lines[-9:] == [
+        ["eager", "logits", "4", "300", "40.0", "4.0", "3"],
+        ["torch.compile", "logits", "4", "300", "not measured: no compiler", "", ""],
+        ["kd_loss (cpu)", "logits", "4", "300", "10.0", "1.0", "3"],
+        ["eager", "logits", "2", "128,256", "40.0", "4.0", "3"],
+        ["torch.compile", "logits", "2", "128,256", "20.0", "2.0", "3"],
+        ["kd_loss (cpu)", "logits", "2", "128,256", "10.0", "1.0", "not measured"],
+        ["eager", wide, "2", "128,256", "200.0", "4.0", "3"],
+        ["torch.compile", wide, "2", "128,256", "20.0", "0.4", "3"],
+        ["kd_loss (cpu)", wide, "2", "128,256", "50.0", "1.0", "3"],
     ]
     assert "**All conditions hold.**" in report.markdown(good())
     assert "Trained and measured in 2.5 minutes." in report.markdown(good())
@@ -990,7 +1146,7 @@ def test_plot_writes_a_png(tmp_path: Path, complete: bool) -> None:
     if not complete:
         figures["heads"][1] = {**asdict(Head(4, 300)), "implementation": "torch.compile", "error": "none"}
         figures["heads"][3]["peak_bytes"] = None
-        figures["curves"]["gap"][1][5] = math.nan
+        figures["curves"]["gap"]["heads"][1][5] = math.nan
         figures["curves"]["hard"] = np.array(figures["curves"]["hard"])
         figures["curves"]["hard"][0, 1:, 1] = math.nan
     path = tmp_path / "curves.part"
@@ -998,6 +1154,40 @@ def test_plot_writes_a_png(tmp_path: Path, complete: bool) -> None:
     content = path.read_bytes()
     assert content.startswith(PNG)
     assert content.rstrip(b"\0")[-8:-4] == b"IEND"
+
+
+def test_plot_draws_every_student_gap_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **options: Any) -> None:
+        drawn.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    figures = good()
+    figures["curves"]["gap"]["heads"][1] = [0.5] * 60
+    report.plot(figures, tmp_path / "curves.part")
+    learning, gap, time, memory = drawn[0].axes
+    assert learning.get_legend_handles_labels()[1] == ["teacher", *report.NAMES.values()]
+    lines = [line for line in learning.get_lines() if line.get_label() in report.NAMES.values()]
+    assert len({line.get_color() for line in lines}) == len(objectives.STUDENTS) == 4
+    # Two seeds each, and what is allowed.
+    assert gap.get_legend_handles_labels()[1] == [
+        "kd_loss, each seed",
+        "kd_loss of heads, each seed",
+        "allowed, first steps",
+    ]
+    assert [np.max(line.get_ydata()) for line in gap.get_lines()[:4]] == [1e-7, 1e-9, 1e-7, 0.5]
+    for axes in (time, memory):
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+            "4 × 300\nlogits",
+            "2 × 128,256\nlogits",
+            "2 × 128,256\nhidden states,\n8 and 12 wide",
+        ]
+        assert len(axes.patches) == len(figures["heads"]) == 9
 
 
 def test_diverged_figures_are_published(tmp_path: Path, capsys: Any) -> None:
@@ -1016,18 +1206,79 @@ def test_diverged_figures_are_published(tmp_path: Path, capsys: Any) -> None:
 # Loss head
 
 
-def test_head_logits_are_the_same_in_every_process() -> None:
-    size = Head(3, 50)
+@pytest.mark.parametrize(
+    ("size", "shapes"),
+    [
+        (Head(3, 50), ([(3, 50)], [(3, 50)])),
+        (Head(3, 50, 8, 12), ([(3, 8), (50, 8)], [(3, 12), (50, 12)])),
+    ],
+    ids=["logits", "hidden states"],
+)
+def test_head_inputs_are_the_same_in_every_process(
+    size: Head, shapes: tuple[list[tuple[int, int]], list[tuple[int, int]]]
+) -> None:
     torch.manual_seed(1)
-    first = head.logits(size, CPU)
+    student, teacher, labels = head.inputs(size, CPU)
     torch.manual_seed(2)
-    for a, b in zip(first, head.logits(size, CPU), strict=True):
+    again = head.inputs(size, CPU)
+    for a, b in zip((*student, *teacher, labels), (*again[0], *again[1], again[2]), strict=True):
         assert torch.equal(a, b)
-    z, v, labels = first
-    assert z.shape == v.shape == (3, 50)
+    assert ([x.shape for x in student], [x.shape for x in teacher]) == shapes
     assert labels.shape == (3,)
-    assert z.requires_grad
-    assert not v.requires_grad
+    assert all(x.requires_grad for x in student)
+    assert not any(x.requires_grad for x in teacher)
+
+
+def test_hidden_states_make_logits_of_the_same_spread() -> None:
+    student, teacher, _ = head.inputs(Head(64, 500, 256, 384), CPU)
+    for side in (student, teacher):
+        assert head.logits_of(side).std().item() == pytest.approx(2, rel=0.1)
+        hidden, weight = side
+        assert hidden.std().item() == pytest.approx(weight.std().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("size", [Head(5, 50), Head(5, 50, 8, 12)], ids=["logits", "hidden states"])
+@pytest.mark.parametrize("implementation", ["eager", "kd_loss"])
+def test_a_measured_loss_is_the_formula(implementation: str, size: Head) -> None:
+    mix = Mix(2.0, soft_weight=0.7, hard_weight=0.3)
+    repeats: list[int] = []
+    race = bench.race
+
+    def counted(contestants: Any, **options: Any) -> Any:
+        repeats.append(options["max_rounds"])
+        return race(contestants, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "race", counted)
+        facts = head.measure(lambda message: None, implementation, replace(size, repeats=2), mix, "cpu", 1)
+    student, teacher, labels = head.inputs(size, CPU)
+    wide = [x.detach().double().requires_grad_() for x in student]
+    # The logits: what was given, or the product.
+    z = wide[0] if len(wide) == 1 else wide[0] @ wide[1].T
+    v = teacher[0].double() if len(teacher) == 1 else teacher[0].double() @ teacher[1].double().T
+    p, q = (v / 2).softmax(-1), (z / 2).softmax(-1)
+    soft = (p * (p.log() - q.log())).sum(-1).mean()
+    hard = -z.log_softmax(-1)[torch.arange(5), labels].mean()
+    value = 0.7 * 4 * soft + 0.3 * hard
+    gradients = torch.autograd.grad(value, wide)
+    assert facts["loss"] == pytest.approx(value.item(), rel=1e-5)
+    squares = [g.square().sum().item() for g in gradients]
+    assert facts["gradient_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
+    # None of them is lost beside the other.
+    assert min(squares) > 0.05 * sum(squares)
+    assert repeats == [2]
+    assert (facts["backend"] is None) == (implementation == "eager")
+
+
+def test_kd_loss_from_hidden_states_is_given_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, labels = head.inputs(Head(3, 50, 8, 12), CPU)
+    monkeypatch.setattr(head, "logits_of", lambda side: pytest.fail("logits were made"))
+    value = head.spelled("kd_loss", Mix())(student, teacher, labels)
+    assert all(g.shape == x.shape for g, x in zip(torch.autograd.grad(value, student), student, strict=True))
+    assert isinstance(head.source_of(teacher), kd.Head)
+    (z,), (v,), _ = head.inputs(Head(3, 50), CPU)
+    assert head.source_of((z,)) is z
+    assert head.source_of((v,)) is v
 
 
 @pytest.mark.parametrize(
@@ -1056,17 +1307,18 @@ def test_a_failed_measurement_is_tried_again_and_no_other(
         calls.append(implementation)
         if implementation == "torch.compile" and not compiler:
             raise bench.ProcessDied("RuntimeError: no compiler")
-        return measured(implementation, size.rows, size.vocab, 0.5)
+        return measured(implementation, size, 0.25 if size.student_width else 0.5)
 
     monkeypatch.setattr(bench, "run_isolated", isolated)
-    config = Config(heads=(Head(4, 300),))
+    # Two sizes that differ in nothing but what they start from are two.
+    config = Config(heads=(Head(4, 300), Head(4, 300, 8, 12)))
     place = demo_run.Place(Parts(tmp_path), CPU, bench.Progress())
     errors = [h.get("error") for h in demo_run._heads(config, place)]
-    assert errors == [None, "RuntimeError: no compiler", None]
+    assert errors == [None, "RuntimeError: no compiler", None] * 2
     compiler = True
     for _ in range(2):
-        assert [h["seconds"] for h in demo_run._heads(config, place)] == [0.5] * 3
-    assert calls == [*head.IMPLEMENTATIONS, "torch.compile"]
+        assert [h["seconds"] for h in demo_run._heads(config, place)] == [0.5] * 3 + [0.25] * 3
+    assert calls == [*head.IMPLEMENTATIONS * 2, "torch.compile", "torch.compile"]
 
 
 # End to end
@@ -1080,10 +1332,10 @@ TINY = Config(
     seeds=(0, 1),
     heldout_windows=16,
     validation_windows=4,
-    heads=(Head(4, 300),),
-    head_repeats=2,
+    heads=(Head(4, 300, repeats=2), Head(4, 300, 8, 12, repeats=2)),
 )
-MODELS = ["teacher", *(f"{name}-{seed}" for name in ("hard", "eager", "kd_loss") for seed in TINY.seeds)]
+STUDENTS = ("hard", "eager", "kd_loss", "heads")
+MODELS = ["teacher", *(f"{name}-{seed}" for name in STUDENTS for seed in TINY.seeds)]
 
 
 def write_sources(root: Path) -> Path:
@@ -1165,23 +1417,24 @@ def test_a_run_writes_its_report(finished: Finished) -> None:
     # All that such models may fail in is to beat the baselines; a machine without a compiler can't compile.
     excused = ("the teacher (", "not measured: torch.compile", "not measured: the fused kernel")
     assert [f for f in figures["failures"] if not f.startswith(excused)] == []
-    assert figures["curve_difference"]["early_steps"] == 50
-    assert {name: len(models) for name, models in figures["students"].items()} == {
-        "hard": 2,
-        "eager": 2,
-        "kd_loss": 2,
-    }
+    differences = figures["curve_difference"]
+    assert {name: d["early_steps"] for name, d in differences.items()} == {"kd_loss": 50, "heads": 50}
+    assert {name: len(models) for name, models in figures["students"].items()} == dict.fromkeys(STUDENTS, 2)
     tokens = TINY.student.steps * TINY.windows * TINY.context
     assert {m["tokens"] for models in figures["students"].values() for m in models} == {tokens}
     assert figures["teacher"]["tokens"] == TINY.teacher.steps * TINY.windows * TINY.context
     # Students of one seed start from the same weights, see the same text, and differ by their objective.
     curves = figures["curves"]
     for seed in range(2):
-        starts = {tuple(curves[name][seed][0]) for name in ("hard", "eager", "kd_loss")}
+        starts = {tuple(curves[name][seed][0]) for name in STUDENTS}
         assert len(starts) == 1
     assert curves["losses"]["hard"] != curves["losses"]["eager"]
-    assert [(h["implementation"], h["rows"], h["vocab"]) for h in figures["heads"]] == [
-        (name, 4, 300) for name in head.IMPLEMENTATIONS
+    for name in ("kd_loss", "heads"):
+        apart = np.abs(np.array(curves["losses"][name]) - np.array(curves["losses"]["eager"]))
+        assert np.array(curves["gap"][name]).tolist() == apart.tolist()
+        assert differences[name]["overall"] == apart.max()
+    assert [(h["implementation"], report.size_of(h)) for h in figures["heads"]] == [
+        (name, size) for size in (Head(4, 300), Head(4, 300, 8, 12)) for name in head.IMPLEMENTATIONS
     ]
     written = (finished.out / "report.md").read_text(encoding="utf-8")
     assert written == report.markdown(figures)
@@ -1298,7 +1551,7 @@ def test_a_finished_run_does_nothing_again(finished: Finished, monkeypatch: pyte
 
 @pytest.mark.xdist_group("demo")
 def test_another_setting_trains_only_what_depends_on_it(finished: Finished) -> None:
-    def trained(config: Config) -> list[str]:
+    def trained(config: Config, fused_code: str | None = None) -> list[str]:
         names: list[str] = []
 
         def pretend(run: Run, loss: Any, validate_every: int, store: Parts, name: str, *rest: Any) -> None:
@@ -1311,10 +1564,12 @@ def test_another_setting_trains_only_what_depends_on_it(finished: Finished) -> N
             patch.setattr(demo_run, "train", pretend)
             patch.setattr(Parts, "save", lambda *args: None)
             patch.setattr(demo_run, "publish", lambda *args: 0)
+            if fused_code is not None:
+                patch.setattr(demo_run, "_fused_code", lambda: fused_code)
             finished.run(finished.out, replace(config, heads=()))
         return names
 
-    distilled = [name for name in MODELS if name.startswith(("eager", "kd_loss"))]
+    distilled = [name for name in MODELS if name.startswith(("eager", "kd_loss", "heads"))]
     assert trained(TINY) == []
     assert trained(replace(TINY, mix=Mix(temperature=2.0))) == distilled
     assert trained(replace(TINY, student=replace(TINY.student, learning_rate=1e-3))) == MODELS[1:]
@@ -1322,4 +1577,6 @@ def test_another_setting_trains_only_what_depends_on_it(finished: Finished) -> N
         "teacher",
         *distilled,
     ]
-    assert trained(replace(TINY, seeds=(0, 1, 2))) == ["hard-2", "eager-2", "kd_loss-2"]
+    assert trained(replace(TINY, seeds=(0, 1, 2))) == [f"{name}-2" for name in STUDENTS]
+    # What kd_loss computes decides what it trains, and nothing else.
+    assert trained(TINY, "another") == [name for name in MODELS if name.startswith(("kd_loss", "heads"))]

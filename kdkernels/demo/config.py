@@ -44,10 +44,45 @@ class Mix:
 
 @dataclass(frozen=True)
 class Head:
-    """One size at which the loss alone is measured."""
+    """One size at which the loss alone is measured.
+
+    Attributes:
+        rows: N.
+        vocab: V.
+        student_width: Of the student's hidden states, where it is measured from those; 0 for logits.
+        teacher_width: The same of the teacher's; both are 0 or neither.
+        repeats: Timed calls; the table has the median.
+
+    Raises:
+        ValueError: One side has a width and the other hasn't.
+    """
 
     rows: int
     vocab: int
+    student_width: int = 0
+    teacher_width: int = 0
+    repeats: int = 15
+
+    def __post_init__(self) -> None:
+        if (self.student_width == 0) != (self.teacher_width == 0):
+            raise ValueError(f"both widths must be 0 or neither, got {self.widths}")
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The student's and the teacher's."""
+        return self.student_width, self.teacher_width
+
+    @property
+    def start(self) -> str:
+        """What it is measured from, in words."""
+        if not self.student_width:
+            return "logits"
+        return f"hidden states, {self.student_width} and {self.teacher_width} wide"
+
+    @property
+    def words(self) -> str:
+        """The size as a message names it."""
+        return f"V = {self.vocab:,} from {self.start}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +101,6 @@ class Config:
         validation_windows: Windows of the validation files that the learning curves are drawn from.
         validate_every: Steps between two points of those curves.
         heads: The sizes at which the loss head is measured.
-        head_repeats: Timed calls for each; the table has the median.
     """
 
     # Learning per second: more entries say more per token, fewer make more steps. At 16,384 a distilled step
@@ -84,14 +118,18 @@ class Config:
     heldout_windows: int = 384
     validation_windows: int = 32
     validate_every: int = 20
-    # About 134 MB a tensor at either size, and the eager loss makes several: 8 GB of memory are enough.
-    heads: tuple[Head, ...] = (Head(1024, 32_768), Head(256, 128_256))
-    head_repeats: int = 15
+    # About 134 MB a tensor at the first two sizes and 263 at the third, and the eager loss makes several:
+    # 8 GB of memory are enough. The products of the third take seconds, so there are fewer of them.
+    heads: tuple[Head, ...] = (
+        Head(1024, 32_768),
+        Head(256, 128_256),
+        Head(512, 128_256, 256, 384, repeats=3),
+    )
 
 
 # How long the steps of `Config` take on 2 CPU cores, and how much of that doesn't grow with the steps.
-MINUTES = 6.0
-FIXED_MINUTES = 2.0
+MINUTES = 7.0
+FIXED_MINUTES = 2.5
 
 
 def config_for(minutes: float = MINUTES, seeds: int = 3) -> Config:

@@ -77,11 +77,15 @@ class Transformer(nn.Module):
                 writes = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if writes else 0.02)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """[B, L] -> [B, L, V]."""
+    def hidden(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, width]: what the head is applied to, final norm included."""
         # Normed: embeddings small enough to be tied to the head would be drowned by the first block's output.
         x = F.rms_norm(self.embed(ids), (self.embed.embedding_dim,))
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin)
-        return F.linear(self.norm(x), self.embed.weight, self.bias)
+        return self.norm(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, V]."""
+        return F.linear(self.hidden(ids), self.embed.weight, self.bias)

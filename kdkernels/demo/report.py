@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..bench import markdown_table
+from .config import Head
 from .head import IMPLEMENTATIONS
 from .objectives import STUDENTS
 
@@ -26,7 +27,11 @@ NAMES = {
     "hard": "student, hard labels only",
     "eager": "student, distilled, eager PyTorch",
     "kd_loss": "student, distilled, kd_loss",
+    "heads": "student, distilled, kd_loss of heads",
 }
+
+# The objectives whose curves are compared with eager's, and what they are called there: kd_loss, for one.
+FUSED = {objective: NAMES[objective].split(", ")[-1] for objective in STUDENTS if STUDENTS[objective].fused}
 
 Figures = dict[str, Any]
 
@@ -34,6 +39,11 @@ Figures = dict[str, Any]
 def students(figures: Figures, objective: str) -> list[float]:
     """Held-out bits per byte of the students of one objective, a seed each."""
     return [student["bits_per_byte"] for student in figures["students"][objective]]
+
+
+def size_of(head: dict[str, Any]) -> Head:
+    """The size at which a head was measured: sizes are the same where these are equal."""
+    return Head(head["rows"], head["vocab"], head["student_width"], head["teacher_width"])
 
 
 def curve_differences(eager: Sequence[np.ndarray], fused: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -67,26 +77,30 @@ def verdict(figures: Figures) -> list[str]:
             failures.append(
                 f"not measured: {NAMES[objective]}: a model diverged, its bits per byte are no number"
             )
-    difference = figures["curve_difference"]
-    if not difference["early"] <= EARLY_TOLERANCE:
-        failures.append(
-            f"fused and eager loss curves differ by {difference['early']:.2g} nats in the first "
-            f"{difference['early_steps']} steps, more than {EARLY_TOLERANCE:g}"
-        )
-    if difference["early_steps"] < EARLY_STEPS:
-        failures.append(f"the loss curves have {difference['early_steps']} steps, fewer than {EARLY_STEPS}")
+    for objective, name in FUSED.items():
+        difference = figures["curve_difference"][objective]
+        if not difference["early"] <= EARLY_TOLERANCE:
+            failures.append(
+                f"the loss curves of {name} and eager differ by {difference['early']:.2g} nats in the first "
+                f"{difference['early_steps']} steps, more than {EARLY_TOLERANCE:g}"
+            )
+        if difference["early_steps"] < EARLY_STEPS:
+            failures.append(
+                f"the loss curves of {name} and eager have {difference['early_steps']} steps, fewer than "
+                f"{EARLY_STEPS}"
+            )
     return failures + _unmeasured(figures) + _disagreeing_heads(figures)
 
 
 def _unmeasured(figures: Figures) -> list[str]:
     failures = []
-    there = {(h["implementation"], h["rows"], h["vocab"]) for h in figures["heads"]}
-    for size in figures["config"]["heads"]:
+    there = {(h["implementation"], size_of(h)) for h in figures["heads"]}
+    for size in map(size_of, figures["config"]["heads"]):
         for implementation in IMPLEMENTATIONS:
-            if (implementation, size["rows"], size["vocab"]) not in there:
-                failures.append(f"not measured: {implementation} at V = {size['vocab']:,}")
+            if (implementation, size) not in there:
+                failures.append(f"not measured: {implementation} at {size.words}")
     for head in figures["heads"]:
-        what = f"{head['implementation']} at V = {head['vocab']:,}"
+        what = f"{head['implementation']} at {size_of(head).words}"
         if head.get("error"):
             failures.append(f"not measured: {what}: {head['error']}")
         elif head["peak_bytes"] is None:
@@ -101,14 +115,14 @@ def _unmeasured(figures: Figures) -> list[str]:
 def _disagreeing_heads(figures: Figures) -> list[str]:
     failures = []
     measured = [head for head in figures["heads"] if not head.get("error")]
-    truths = {(h["rows"], h["vocab"]): h for h in measured if h["implementation"] == "eager"}
+    truths = {size_of(h): h for h in measured if h["implementation"] == "eager"}
     for head in measured:
-        truth = truths.get((head["rows"], head["vocab"]))
+        truth = truths.get(size_of(head))
         for figure in ("loss", "gradient_norm"):
             if truth and not abs(head[figure] - truth[figure]) <= HEAD_TOLERANCE * abs(truth[figure]):
                 failures.append(
-                    f"{head['implementation']} and eager compute different losses at V = {head['vocab']:,}: "
-                    f"{figure} {head[figure]:.6g} and {truth[figure]:.6g}"
+                    f"{head['implementation']} and eager compute different losses at "
+                    f"{size_of(head).words}: {figure} {head[figure]:.6g} and {truth[figure]:.6g}"
                 )
     return failures
 
@@ -128,17 +142,22 @@ def distillation_in_words(figures: Figures) -> str:
 
 def notes(figures: Figures) -> list[str]:
     """What a reader must know to read the tables rightly."""
-    mix, difference = figures["config"]["mix"], figures["curve_difference"]
+    mix = figures["config"]["mix"]
     said = [
         distillation_in_words(figures),
         f"Distillation is {mix['soft_weight']:g} · KL(teacher‖student) + {mix['hard_weight']:g} · "
         f"cross-entropy at T = {mix['temperature']:g}; students of one seed share initial weights and data. "
         "A distilled step also runs the teacher, so equal steps are not equal time.",
-        f"Largest difference between the eager and the kd_loss curves: {difference['early']:.2g} nats over "
-        f"the first {difference['early_steps']} steps, {difference['overall']:.2g} overall.",
+        "kd_loss of heads is given both models' hidden states, weights and biases in the place of logits.",
+        *(
+            f"Largest difference between the eager and the {name} curves: {difference['early']:.2g} nats "
+            f"over the first {difference['early_steps']} steps, {difference['overall']:.2g} overall."
+            for name, difference in ((FUSED[o], d) for o, d in figures["curve_difference"].items())
+        ),
         "All models are scored on the same predictions; the baselines are fitted on what the teacher saw.",
-        "The loss head is logits → loss → gradient on the logits, fp32, median time; memory is the peak "
-        "beyond both logits tensors; each row is from a process of its own.",
+        "The loss head is inputs → loss → gradients of the student's inputs, fp32, median time; inputs are "
+        "both sides' logits, or the hidden states and weights that they are made from; memory is the peak "
+        "beyond the inputs; each row is from a process of its own.",
     ]
     backend = figures["backend"]
     if backend["name"] == "reference":
@@ -179,9 +198,9 @@ def language_table(figures: Figures) -> tuple[list[str], list[list[str]]]:
 
 def head_table(figures: Figures) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of the loss head."""
-    header = ["loss head", "rows", "V", "ms per step", "× kd_loss", "peak MB"]
+    header = ["loss head", "from", "rows", "V", "ms per step", "× kd_loss", "peak MB"]
     fused = {
-        (h["rows"], h["vocab"]): h["seconds"]
+        size_of(h): h["seconds"]
         for h in figures["heads"]
         if h["implementation"] == "kd_loss" and not h.get("error")
     }
@@ -190,14 +209,15 @@ def head_table(figures: Figures) -> tuple[list[str], list[list[str]]]:
         name = head["implementation"]
         if name == "kd_loss":
             name = f"kd_loss ({figures['backend']['name']})"
-        size = [name, f"{head['rows']:,}", f"{head['vocab']:,}"]
+        size = size_of(head)
+        first = [name, size.start, f"{size.rows:,}", f"{size.vocab:,}"]
         if head.get("error"):
-            rows.append([*size, f"not measured: {head['error']}", "", ""])
+            rows.append([*first, f"not measured: {head['error']}", "", ""])
             continue
-        beside = fused.get((head["rows"], head["vocab"]))
+        beside = fused.get(size)
         ratio = "" if beside is None else f"{head['seconds'] / beside:.1f}"
         memory = "not measured" if head["peak_bytes"] is None else f"{head['peak_bytes'] / 1e6:,.0f}"
-        rows.append([*size, f"{1e3 * head['seconds']:.1f}", ratio, memory])
+        rows.append([*first, f"{1e3 * head['seconds']:.1f}", ratio, memory])
     return header, rows
 
 
@@ -216,7 +236,7 @@ def markdown(figures: Figures) -> str:
         f"Trained and measured in {figures['seconds'] / 60:.1f} minutes.",
         "",
         markdown_table(*language_table(figures)),
-        markdown_table(*head_table(figures), left=1),
+        markdown_table(*head_table(figures), left=2),
         *(f"- {note}" for note in notes(figures)),
         "",
         "**Failed.**" if failures else "**All conditions hold.**",
@@ -226,21 +246,35 @@ def markdown(figures: Figures) -> str:
 
 
 def plot(figures: Figures, path: Path) -> None:
-    """Learning curves, the gap between eager and fused, and the cost of the loss head, as one PNG."""
+    """Learning curves, the gaps between eager and fused, and the cost of the loss head, as one PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    colours = {"hard": "#777777", "eager": "#d98200", "kd_loss": "#0060b0", "torch.compile": "#3f9b4f"}
+    colours = {
+        "hard": "#777777",
+        "eager": "#d98200",
+        "kd_loss": "#0060b0",
+        "heads": "#a03080",
+        "torch.compile": "#3f9b4f",
+    }
+    # The distilled students' curves are one: dashes of which each leaves the others' to be seen.
+    styles: dict[str, Any] = {"hard": "-", "eager": "-", "kd_loss": (0, (4, 8)), "heads": (6, (4, 8))}
     figure = Figure(figsize=(12, 9), layout="constrained")
     FigureCanvasAgg(figure)
     (learning, gap), (time, memory) = figure.subplots(2, 2)
 
     steps, bits = np.array(figures["curves"]["teacher"]).T
     learning.plot(steps, bits, color="black", linewidth=1.2, linestyle=(0, (1, 1)), label="teacher")
-    for objective, style in zip(STUDENTS, ("-", "-", (0, (4, 3))), strict=True):
+    for objective in STUDENTS:
         curves = np.array(figures["curves"][objective])  # [seeds, points, 2]
         steps, bits = curves[0, :, 0], curves[:, :, 1]
-        learning.plot(steps, bits.mean(0), color=colours[objective], linestyle=style, label=NAMES[objective])
+        learning.plot(
+            steps,
+            bits.mean(0),
+            color=colours[objective],
+            linestyle=styles[objective],
+            label=NAMES[objective],
+        )
         learning.fill_between(
             steps, bits.min(0), bits.max(0), color=colours[objective], alpha=0.15, linewidth=0
         )
@@ -250,35 +284,43 @@ def plot(figures: Figures, path: Path) -> None:
             name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
         )
     learning.set(title="Learning (validation files)", xlabel="step", ylabel="bits per byte")
-    learning.legend(frameon=False)
+    learning.legend(frameon=False, handlelength=3.5)
 
-    for entry, seed in zip(figures["curves"]["gap"], figures["config"]["seeds"], strict=True):
-        gap.semilogy(np.arange(1, len(entry) + 1), np.maximum(entry, 1e-9), linewidth=1, label=f"seed {seed}")
+    for objective, name in FUSED.items():
+        for index, entry in enumerate(figures["curves"]["gap"][objective]):
+            gap.semilogy(
+                np.arange(1, len(entry) + 1),
+                np.maximum(entry, 1e-9),
+                color=colours[objective],
+                linewidth=1,
+                alpha=0.7,
+                label=f"{name}, each seed" if index == 0 else None,
+            )
     gap.plot(
         [1, EARLY_STEPS], [EARLY_TOLERANCE] * 2, color="#b00020", linewidth=1.5, label="allowed, first steps"
     )
     gap.set(
-        title="|eager − kd_loss| of the training loss",
+        title="|eager − fused| of the training loss",
         xlabel="step",
         ylabel="nats (equal losses drawn at 1e-9)",
     )
     gap.legend(frameon=False)
 
-    sizes = list(dict.fromkeys((h["rows"], h["vocab"]) for h in figures["heads"]))
+    sizes = list(dict.fromkeys(map(size_of, figures["heads"])))
     names = list(dict.fromkeys(h["implementation"] for h in figures["heads"]))
-    labels = [f"{rows:,} × {vocab:,}" for rows, vocab in sizes]
+    labels = [f"{size.rows:,} × {size.vocab:,}\n" + size.start.replace(", ", ",\n") for size in sizes]
     for axes, what, scale, title in (
         (time, "seconds", 1e3, "Loss head: time (ms)"),
-        (memory, "peak_bytes", 1e-6, "Loss head: peak memory beyond the logits (MB)"),
+        (memory, "peak_bytes", 1e-6, "Loss head: peak memory beyond the inputs (MB)"),
     ):
         for index, name in enumerate(names):
-            heads = {(h["rows"], h["vocab"]): h for h in figures["heads"] if h["implementation"] == name}
+            heads = {size_of(h): h for h in figures["heads"] if h["implementation"] == name}
             values = [scale * (heads[size].get(what) or 0.0) for size in sizes]
             at = np.arange(len(sizes)) + (index - (len(names) - 1) / 2) * 0.8 / len(names)
             bars = axes.bar(at, values, 0.75 / len(names), color=colours[name], label=name)
             axes.bar_label(bars, [f"{v:,.0f}" if v else "not measured" for v in values], fontsize=9)
         axes.set_xticks(range(len(sizes)), labels)
-        axes.set(title=title, xlabel="rows × vocabulary")
+        axes.set(title=title, xlabel="rows × vocabulary, and what it starts from")
         axes.margins(y=0.12)
     memory.legend(frameon=False)
     for axes in (learning, gap, time, memory):

@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import __version__, bench, explain
-from . import corpus, head, objectives, report
+from . import corpus, head, report
 from .baselines import Bigram, Unigram
-from .config import Config, Recipe
+from .config import Config, Head, Recipe
+from .model import Transformer
+from .objectives import STUDENTS, StepLoss
 from .parts import Key, Part, Parts, hash_of_files
-from .train import Data, Run, StepLoss, bits_per_byte, score, train
+from .train import Data, Run, bits_per_byte, score, train
 
-SCHEMA = 1
+SCHEMA = 2
 _DEMO = Path(__file__).parent
 
 # The files that decide what a trained model is, and those that decide what `kd_loss` computes and how fast.
@@ -82,8 +83,10 @@ def run(config: Config, out: Path, device: torch.device, root: Path | None = Non
     )
     text = corpus.read_corpus(root)
     data, tokens_key = _data(config, text, place)
-    teacher = _model(config, place, data, "teacher", config.teacher, 0, None, {"tokens": tokens_key})
-    figures = _language_figures(config, place, data, teacher, {"tokens": tokens_key})
+    made_from = {"tokens": tokens_key}
+    labels_only = STUDENTS["hard"].step_loss(config.mix, None)
+    teacher = _model(config, place, data, "teacher", config.teacher, 0, labels_only, made_from)
+    figures = _language_figures(config, place, data, teacher, made_from)
     figures["heads"] = _heads(config, place)
     logits = torch.zeros(1, 2, device=device)
     chosen = explain(logits, logits)
@@ -110,7 +113,7 @@ def publish(figures: report.Figures, out: Path) -> int:
     _write(out / "report.md", lambda path: path.write_text(report.markdown(figures), encoding="utf-8"))
     _write(out / "curves.png", lambda path: report.plot(figures, path))
     bench.print_table("Language models", *report.language_table(figures))
-    bench.print_table("Loss head", *report.head_table(figures))
+    bench.print_table("Loss head", *report.head_table(figures), left=2)
     for line in figures["notes"]:
         print(f"- {line}")
     print(f"\nWritten: {out / 'report.md'}, {out / 'curves.png'}, {out / 'figures.json'}")
@@ -183,7 +186,7 @@ def _model(
     name: str,
     recipe: Recipe,
     seed: int,
-    loss: StepLoss | None,
+    loss: StepLoss,
     made_from: Key,
 ) -> tuple[Run, Part]:
     """A trained model and its part: from disk, or trained now, scored on the held-out windows and saved."""
@@ -207,7 +210,7 @@ def _model(
             return run, part
         train(
             run,
-            loss or (lambda z, ids, labels: torch.nn.functional.cross_entropy(z, labels)),
+            loss,
             config.validate_every,
             place.parts,
             name,
@@ -229,19 +232,22 @@ def _language_figures(
 ) -> dict[str, Any]:
     """Baselines, teacher and students: bits per byte, and the curves."""
     run, teacher_part = teacher
-    teacher_model = run.model.eval().requires_grad_(False)
+    teacher_model: Transformer = run.model.eval().requires_grad_(False)
+    from_teacher = {"mix": asdict(config.mix), "teacher": [asdict(config.teacher), place.machine]}
     parts: dict[str, list[Part]] = {}
-    for objective, build in objectives.STUDENTS.items():
-        loss = _step_loss(objective, build(config.mix), teacher_model)
-        from_teacher = {"mix": asdict(config.mix), "teacher": [asdict(config.teacher), place.machine]}
-        depends = {**made_from, **({} if objective == "hard" else from_teacher)}
-        if objective == "kd_loss":
-            depends["fused"] = _fused_code()
-        parts[objective] = [
-            _model(config, place, data, f"{objective}-{seed}", config.student, seed, loss, depends)[1]
+    for name, objective in STUDENTS.items():
+        loss = objective.step_loss(config.mix, teacher_model)
+        depends = {
+            **made_from,
+            **(from_teacher if objective.distils else {}),
+            **({"fused": _fused_code()} if objective.fused else {}),
+        }
+        parts[name] = [
+            _model(config, place, data, f"{name}-{seed}", config.student, seed, loss, depends)[1]
             for seed in config.seeds
         ]
-    losses = {objective: [p.arrays["losses"] for p in parts[objective]] for objective in parts}
+    losses = {name: [p.arrays["losses"] for p in parts[name]] for name in parts}
+    fused = [name for name, objective in STUDENTS.items() if objective.fused]
     seen = data.seen(0, config.teacher.steps)
     bigram = Bigram(seen[:, :-1], seen[:, 1:], data.vocab)
     return {
@@ -249,33 +255,22 @@ def _language_figures(
         "validation_baselines": _baselines(bigram, data.validation, data),
         "teacher": _facts(teacher_part),
         "students": {
-            objective: [
-                {"seed": seed, **_facts(p)} for seed, p in zip(config.seeds, parts[objective], strict=True)
-            ]
-            for objective in parts
+            name: [{"seed": seed, **_facts(p)} for seed, p in zip(config.seeds, parts[name], strict=True)]
+            for name in parts
         },
         "scored_bytes": int(data.token_bytes[data.heldout[:, 1:]].sum()),
         "scored_tokens": int(data.heldout[:, 1:].size),
-        "curve_difference": report.curve_differences(losses["eager"], losses["kd_loss"]),
+        "curve_difference": {name: report.curve_differences(losses["eager"], losses[name]) for name in fused},
         "curves": {
             "teacher": teacher_part.arrays["curve"].tolist(),
-            **{objective: [p.arrays["curve"].tolist() for p in parts[objective]] for objective in parts},
-            "losses": {objective: [curve.tolist() for curve in losses[objective]] for objective in losses},
-            "gap": [np.abs(a - b).tolist() for a, b in zip(losses["eager"], losses["kd_loss"], strict=True)],
+            **{name: [p.arrays["curve"].tolist() for p in parts[name]] for name in parts},
+            "losses": {name: [curve.tolist() for curve in losses[name]] for name in losses},
+            "gap": {
+                name: [np.abs(a - b).tolist() for a, b in zip(losses["eager"], losses[name], strict=True)]
+                for name in fused
+            },
         },
     }
-
-
-def _step_loss(objective: str, compute: objectives.Objective, teacher: torch.nn.Module) -> StepLoss:
-    if objective == "hard":
-        return lambda z, ids, labels: compute(z, z, labels)
-
-    def loss(z: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            v = teacher(ids).flatten(0, 1)  # [N, V]
-        return compute(z, v, labels)
-
-    return loss
 
 
 def _facts(part: Part) -> dict[str, Any]:
@@ -306,10 +301,9 @@ def _heads(config: Config, place: Place) -> list[dict[str, Any]]:
                     "implementation": implementation,
                     "head": asdict(size),
                     "mix": asdict(config.mix),
-                    "repeats": config.head_repeats,
                     "machine": {**place.machine, **code},
                 }
-                progress.step(f"{implementation}, V = {size.vocab:,}", 0)
+                progress.step(f"{implementation}, {size.words}", 0)
                 part = place.parts.load(f"head-{implementation}-{size.vocab}", key)
                 if part is None:
                     part = Part(_measure(config, place, size, implementation))
@@ -317,11 +311,11 @@ def _heads(config: Config, place: Place) -> list[dict[str, Any]]:
                     if "error" not in part.facts:
                         place.parts.save(f"head-{implementation}-{size.vocab}", key, part)
                 measured.append({"implementation": implementation, **asdict(size), **part.facts})
-                progress.step(f"{implementation}, V = {size.vocab:,}")
+                progress.step(f"{implementation}, {size.words}")
     return measured
 
 
-def _measure(config: Config, place: Place, size: Any, implementation: str) -> dict[str, Any]:
+def _measure(config: Config, place: Place, size: Head, implementation: str) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         facts = bench.run_isolated(
@@ -331,7 +325,6 @@ def _measure(config: Config, place: Place, size: Any, implementation: str) -> di
             config.mix,
             str(place.device),
             torch.get_num_threads(),
-            config.head_repeats,
             preload=["torch", "kdkernels.demo.head"],
         )
     except bench.ProcessDied as error:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import corpus
 from .config import Recipe
 from .model import Transformer
+from .objectives import StepLoss
 from .parts import Key, Part, Parts
 
 # Writing a teacher's weights and moments takes 0.1 to 0.3 s: at most 2 % of the time between two checkpoints.
@@ -56,10 +57,6 @@ class Data:
     def seen(self, seed: int, steps: int) -> np.ndarray:
         """All windows of `steps` steps, in their order."""
         return np.concatenate([corpus.batch(self.windows, self.size, seed, step) for step in range(steps)])
-
-
-# The loss of one step from the student's logits [N, V], the batch's ids [B, L] and the labels [N].
-StepLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def bits_per_byte(nats: float, scored: np.ndarray, token_bytes: np.ndarray) -> float:
@@ -119,8 +116,7 @@ class Run:
         ids = torch.from_numpy(batch).to(self.device, torch.int64)
         for group in self.optimizer.param_groups:
             group["lr"] = rate(self.recipe, self.step)
-        logits = self.model(ids[:, :-1]).flatten(0, 1)  # [N, V]
-        value = loss(logits, ids[:, :-1], ids[:, 1:].flatten())
+        value = loss(self.model, ids[:, :-1], ids[:, 1:].flatten())
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
