@@ -144,6 +144,10 @@ def sources(p: Pair, kind: str, o: Options) -> tuple[Any, Any, list[Tensor], Any
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients_are_the_truths(backend: str, name: str, kind: str, chunks: str) -> None:
     """In fp64, through closed forms of the logits' gradient: hidden states, weight and bias."""
+    if interpreted(backend) and (kind, chunks) not in (("heads", "several"), ("mixture", "one")):
+        pytest.skip(
+            "interpreted, the same kernel takes seconds; what is around it runs on the other backends"
+        )
     rows = (2, 4)
     o = option_sets(rows)[name]
     if kind == "mixture":
