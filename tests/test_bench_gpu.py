@@ -80,16 +80,18 @@ def _make_gpu(tmp_path: Path, python: str, *arguments: str) -> tuple[int, list[s
 def test_make_gpu_measures_even_where_a_test_fails(tmp_path: Path) -> None:
     probe, measured = "-m benchmarks gpu --probe", "-m benchmarks gpu --seconds 9"
     tests = [f"-m pytest -m gpu -q --shard {i}/8" for i in range(1, 9)]
-    last = "-m benchmarks divergences --device cuda --dtype bfloat16 --no-compile"
+    heads, last = (
+        "-m benchmarks linear --device cuda",
+        "-m benchmarks divergences --device cuda --dtype bfloat16 --no-compile",
+    )
     last += " --json benchmarks/results/divergences-cuda.json"
     code, asked = _make_gpu(tmp_path, "exit 0", "ARGS=--seconds 9")
-    assert (code, asked[0], sorted(asked[1:-2]), *asked[-2:]) == (0, probe, tests, measured, last)
-    for failing in ("pytest", "seconds", "divergences"):
+    assert (code, asked[0], sorted(asked[1:-3]), *asked[-3:]) == (0, probe, tests, measured, heads, last)
+    for failing in ("pytest", "seconds", "linear", "divergences"):
         (tmp_path / "log").unlink()
         code, asked = _make_gpu(tmp_path, f'case "$*" in *{failing}*) exit 1;; esac', "ARGS=--seconds 9")
-        assert (code, asked[0], sorted(asked[1:-2]), *asked[-2:]) == (2, probe, tests, measured, last), (
-            failing
-        )
+        found = code, asked[0], sorted(asked[1:-3]), *asked[-3:]
+        assert found == (2, probe, tests, measured, heads, last), failing
 
 
 @needs_make
