@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -135,6 +136,31 @@ def items_of(call: Call, rows: Rows) -> Tensor | float | None:
     return counted_rows(call).sum().to(compute_dtype(call.student, call.teachers))
 
 
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+
+
+def bytes_of(budget: Any) -> int | None:
+    """A `memory_budget` in bytes."""
+    if budget is None:
+        return None
+    if isinstance(budget, str):
+        parts = _AMOUNT.fullmatch(budget)
+        if parts is None or parts[2].upper() not in _UNITS:
+            raise ValueError(
+                f"memory_budget must be bytes, an amount such as '256MiB' or '1.5GB', or None, got {budget!r}"
+            )
+        budget = int(float(parts[1]) * _UNITS[parts[2].upper()])
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(
+            f"memory_budget must be an int of bytes, a string such as '256MiB' or None, got "
+            f"{type(budget).__name__}"
+        )
+    if budget <= 0:
+        raise ValueError(f"memory_budget must be > 0, got {budget}")
+    return budget
+
+
 class Plan(NamedTuple):
     """How many rows go at once, and how often."""
 
@@ -171,6 +197,8 @@ def plan(job: Job, want: Wanted, count: int, dropped: bool, fused: bool = True) 
                 always += side.weight.numel() * size
         elif dropped or not _is_flat(side):
             a_row += vocab * size
+    if dropped and call.spec.row.binary and call.labels is not None:
+        a_row += call.labels.shape[-1] * call.labels.dtype.itemsize
     alone = summed = 0  # of sums in one chunk, in several
     if fused and isinstance(student, Projection):
         hidden, weight = student.hidden, student.weight

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from . import linear, ops, reference, registry
 from .autograd import run_fused, run_linear
 from .caller import warn_once
-from .chunks import Job, Plan
+from .chunks import Job, Plan, bytes_of
 from .divergences import Parametrised
 from .noise import LogitNoise, Noise, seed_tensor
 from .sources import LOGIT_DTYPES, Head, Logits, Mixture, PostProcessing, unwrap, unwrap_teachers
@@ -317,7 +316,7 @@ def check_options(options: dict[str, Any]) -> None:
     options = complete(options)
     _spec(options, (1.0, None), ((1.0, None),), stats=False)
     _check_choice("teacher_requires_grad", options["teacher_requires_grad"], _TEACHER_CHOICES)
-    _bytes(options["memory_budget"])
+    bytes_of(options["memory_budget"])
     _check_choice("drop_masked", options["drop_masked"], _DROP_CHOICES)
     if options["backend"] is not None:
         _check_choice("backend", options["backend"], tuple(registry.BACKENDS))
@@ -389,40 +388,13 @@ def _job(call: Call, options: dict[str, Any]) -> Job:
             device == "cuda" and torch.cuda.is_current_stream_capturing()
         )
         drop = device == "cpu" or not recorded
-    return Job(call, _bytes(options["memory_budget"]), drop)
+    return Job(call, bytes_of(options["memory_budget"]), drop)
 
 
 def job_of(student: Source, teacher: Teacher, labels: Tensor | None = None, **options: Any) -> Job:
     """What `kd_loss` makes of a call with heads, whose plan may be asked for."""
     options = complete(options)
     return _job(checked_call(student, teacher, labels, options, stats=False), options)
-
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _bytes(budget: Any) -> int | None:
-    """A `memory_budget` in bytes."""
-    if budget is None:
-        return None
-    if isinstance(budget, str):
-        parts = _AMOUNT.fullmatch(budget)
-        if parts is None or parts[2].upper() not in _UNITS:
-            raise ValueError(
-                f"memory_budget must be bytes, an amount such as '256MiB' or '1.5GB', or None, got {budget!r}"
-            )
-        budget = int(float(parts[1]) * _UNITS[parts[2].upper()])
-    if isinstance(budget, bool) or not isinstance(budget, int):
-        raise TypeError(
-            f"memory_budget must be an int of bytes, a string such as '256MiB' or None, got "
-            f"{type(budget).__name__}"
-        )
-    if budget <= 0:
-        raise ValueError(f"memory_budget must be > 0, got {budget}")
-    return budget
-
-
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
 
 def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
@@ -462,7 +434,7 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
             "have none of their own: average the teachers' logits and pass that"
         )
     if options["memory_budget"] is not None:
-        _bytes(options["memory_budget"])
+        bytes_of(options["memory_budget"])
     if options["drop_masked"] not in _DROP_CHOICES:
         _check_choice("drop_masked", options["drop_masked"], _DROP_CHOICES)
     teacher_requires_grad = options["teacher_requires_grad"]
