@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -95,8 +96,25 @@ def _further(spec: LossSpec, rows: int) -> LossSpec:
     return replace(spec, **noises) if noises and rows else spec
 
 
-def part_of(call: Call, rows: Rows, begin: int, end: int, items: Tensor | float | None) -> Call:
-    """The call of some rows, heads still heads; a mean is over the items of all of them."""
+def student_of(call: Call, rows: Rows, begin: int, end: int) -> Any:
+    """The student's side of some rows, a head still a head."""
+    student: Any = call.student
+    if not isinstance(student, Projection):
+        return rows.take(student, begin, end, 1)
+    hidden = rows.take(student.hidden, begin, end, 1)
+    if rows.kept is None and is_masked(call):
+        # In the gradient of the weight a row of zeros meets hidden states, and those may hold a NaN.
+        mask, labels = (None if x is None else rows.take(x, begin, end) for x in (call.mask, call.labels))
+        counted = counted_rows(call._replace(mask=mask, labels=None if mask is not None else labels))
+        hidden = torch.where(counted.unsqueeze(-1), hidden, 0.0)
+    return student._replace(hidden=hidden)
+
+
+def part_of(call: Call, rows: Rows, begin: int, end: int, items: Tensor | float | None, student: Any) -> Call:
+    """The call of some rows of which the student's side is given, heads of teachers still heads.
+
+    A mean is over the items of all rows.
+    """
 
     def side(x: Any) -> Any:
         if isinstance(x, Projection):
@@ -109,8 +127,8 @@ def part_of(call: Call, rows: Rows, begin: int, end: int, items: Tensor | float 
     mixture = call.mixture
     if mixture is not None and mixture.dim() > 1:
         mixture = each(mixture, 1)
-    part = call._replace(
-        student=side(call.student),
+    return call._replace(
+        student=student,
         teachers=tuple(side(v) for v in call.teachers),
         mixture=mixture,
         labels=each(call.labels, 1 if call.spec.row.binary else 0),
@@ -119,12 +137,6 @@ def part_of(call: Call, rows: Rows, begin: int, end: int, items: Tensor | float 
         num_items=items,
         spec=_further(call.spec, begin),
     )
-    student: Any = part.student
-    if rows.kept is None and is_masked(call) and isinstance(student, Projection):
-        # In the gradient of the weight a row of zeros meets hidden states, and those may hold a NaN.
-        counted = counted_rows(part).unsqueeze(-1)
-        student = student._replace(hidden=torch.where(counted, student.hidden, 0.0))
-    return part._replace(student=student)
 
 
 def items_of(call: Call, rows: Rows) -> Tensor | float | None:
@@ -162,89 +174,132 @@ def bytes_of(budget: Any) -> int | None:
 
 
 class Plan(NamedTuple):
-    """How many rows go at once, and how often."""
+    """How many rows go at once, how often, and what that takes.
+
+    Attributes:
+        rows: Of a chunk, whose logits of the student exist together, and then their gradient.
+        chunks: How many there are.
+        bytes: Beside inputs and gradients.
+        part: Rows of a part of a chunk, whose logits of the teachers exist together.
+    """
 
     rows: int
     chunks: int
     bytes: int
+    part: int
 
     def spans(self, count: int) -> Iterator[tuple[int, int]]:
         """Where chunks begin and end."""
-        for begin in range(0, max(count, 1), self.rows):
-            yield begin, min(begin + self.rows, count)
+        return _spans(0, count, self.rows)
+
+    def parts(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Where the parts of a chunk do."""
+        return _spans(begin, end, self.part)
+
+
+def _spans(begin: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(begin, max(end, begin + 1), size):
+        yield first, min(first + size, end)
+
+
+# Nobody needs a teacher's logits once their rows are done, so that they are made for a part of a chunk: a
+# quarter of it, whole tiles of a product.
+PARTS, TILE = 4, 64
+
+
+def part_rows(rows: int) -> int:
+    """Rows of a part of a chunk of so many."""
+    return min(rows, _up(-(-rows // PARTS), TILE))
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
 
 
 def plan(job: Job, want: Wanted, count: int, dropped: bool, fused: bool = True) -> Plan:
     """The fewest chunks that fit the budget; raises where not a row does.
 
-    Counted is what lives beside inputs and gradients: a chunk's logits on every side with a head (the
-    student's become its gradient), chunk-sized copies of rows, weights that autocast casts, and, where a
-    gradient of fewer bits is summed over chunks, its float32 sum.
+    Counted is what lives beside inputs and gradients: logits on every side with a head (the student's become
+    their gradient), copies of rows, weights that autocast casts, and, where a gradient of fewer bits is
+    summed over chunks, its float32 sum.
     """
     call, rows = job.call, max(count, 1)
     student: Any = call.student
-    a_row, always = 0, 0  # bytes of a row of a chunk; of weights that are cast
-    for side in (student, *call.teachers):
-        vocab, size = side.shape[-1], side.dtype.itemsize
-        if isinstance(side, Projection):
-            width, own = side.hidden.shape[-1], side.hidden.dtype
-            a_row += vocab * size
-            if dropped or not _is_flat(side.hidden) or (side is student and is_masked(call)):
-                a_row += width * own.itemsize
-            if side.dtype != own:
-                a_row += width * size
-            if side.dtype != side.weight.dtype:
-                always += side.weight.numel() * size
-        elif dropped or not _is_flat(side):
-            a_row += vocab * size
-    if dropped and call.spec.row.binary and call.labels is not None:
-        a_row += call.labels.shape[-1] * call.labels.dtype.itemsize
-    alone = summed = 0  # of sums in one chunk, in several
-    if fused and isinstance(student, Projection):
-        hidden, weight = student.hidden, student.weight
-        if want[0] and dropped:
-            a_row += hidden.shape[-1] * hidden.dtype.itemsize
-        if want[0] and hidden.dtype != student.dtype:
-            a_row += hidden.shape[-1] * student.dtype.itemsize
-        if want[1]:
-            wide = sum_dtype(weight)
-            if weight.dtype != wide:
-                summed += weight.numel() * wide.itemsize
-            if student.dtype != weight.dtype and weight.device.type != "cuda":
-                alone += weight.numel() * student.dtype.itemsize
-            if student.dtype != wide and weight.device.type != "cuda":
-                summed += WIDENED
-    elif not fused:
-        a_row += _REFERENCE_TEMPORARIES * student.shape[-1] * compute_dtype(student, call.teachers).itemsize
-    if job.memory_budget is None:
-        at_once = tuning.head_rows(student.device.type)
-        if not fused:
-            at_once = max(1, at_once // _REFERENCE_TEMPORARIES)
-    elif always + alone + rows * a_row <= job.memory_budget:
+    of_chunk, of_part, always = _bytes_of_sides(call, want, dropped)
+    alone, summed = _bytes_of_sums(student, want)
+    if not fused:
+        # Teachers' logits are among the temporaries.
+        wide = compute_dtype(student, call.teachers).itemsize
+        of_chunk, of_part, alone, summed = REFERENCE_TEMPORARIES * student.shape[-1] * wide, 0, 0, 0
+
+    def takes(at_once: int) -> int:
+        size = always + at_once * of_chunk + part_rows(at_once) * of_part
+        return size + (alone if at_once >= rows else summed)
+
+    budget = job.memory_budget
+    if budget is None:
+        at_once = tuning.head_rows(student.device.type) // (1 if fused else REFERENCE_TEMPORARIES)
+    elif takes(rows) <= budget:
         at_once = rows
     else:
-        at_once = (job.memory_budget - always - summed) // a_row
-        if not fused:
-            at_once = max(1, at_once)  # what it takes is an estimate
-        if at_once < 1:
+        at_once = bisect_right(range(1, rows), budget, key=takes)
+        if at_once < 1 and fused:
             raise ValueError(
-                f"memory_budget must hold a row at least, {always + summed + a_row:,} bytes for this call "
-                f"({a_row:,} a row, {always + summed:,} beside them), got {job.memory_budget:,}"
+                f"memory_budget must hold a row at least, {takes(1):,} bytes for this call "
+                f"({of_chunk + of_part:,} a row, {always + summed:,} beside them), got {budget:,}"
             )
-        at_once = min(at_once, max(1, rows - 1))  # all at once is another case
-    chunks = -(-rows // min(at_once, rows))
+    at_once = max(1, min(at_once, rows))
+    chunks = -(-rows // at_once)
     each = -(-rows // chunks)
-    # Whole tiles of a product, where that makes no more chunks and fits.
-    tiles = -(-each // _TILE) * _TILE
-    if chunks > 1 and tiles <= at_once and tiles * (chunks - 1) < rows:
-        each = tiles
-    return Plan(each, chunks, always + (alone if chunks == 1 else summed) + each * a_row)
+    # Whole tiles, where that makes no more chunks and fits.
+    if chunks > 1 and _up(each, TILE) <= at_once and _up(each, TILE) * (chunks - 1) < rows:
+        each = _up(each, TILE)
+    return Plan(each, chunks, takes(each), part_rows(each))
 
 
-_TILE = 64  # rows
 # Tensors of the size of the logits that the reference and its autograd hold at a time, in the dtype that it
 # computes in; about as many for every divergence.
-_REFERENCE_TEMPORARIES = 10
+REFERENCE_TEMPORARIES = 10
+
+
+def _bytes_of_sides(call: Call, want: Wanted, dropped: bool) -> tuple[int, int, int]:
+    """Of a row of a chunk, of a row of a part, and whatever their number."""
+    student: Any = call.student
+    each, always = [], 0
+    for side in (student, *call.teachers):
+        vocab, size = side.shape[-1], side.dtype.itemsize
+        if not isinstance(side, Projection):
+            each.append(vocab * size if dropped or not _is_flat(side) else 0)
+            continue
+        width, own = side.hidden.shape[-1], side.hidden.dtype
+        row = vocab * size
+        if dropped or not _is_flat(side.hidden) or (side is student and is_masked(call)):
+            row += width * own.itemsize
+        if side.dtype != own:
+            row += width * size
+        if side.dtype != side.weight.dtype:
+            always += side.weight.numel() * size
+        each.append(row)
+    chunk, *parts = each
+    if isinstance(student, Projection) and want[0]:
+        width, own = student.hidden.shape[-1], student.hidden.dtype
+        chunk += (width * own.itemsize if dropped else 0) + (width * student.dtype.itemsize) * (
+            own != student.dtype
+        )
+    if dropped and call.spec.row.binary and call.labels is not None:
+        parts.append(call.labels.shape[-1] * call.labels.dtype.itemsize)
+    return chunk, sum(parts), always
+
+
+def _bytes_of_sums(student: Any, want: Wanted) -> tuple[int, int]:
+    """What the gradient of the weight takes beside itself, made in one chunk and in several."""
+    if not isinstance(student, Projection) or not want[1]:
+        return 0, 0
+    weight, wide = student.weight, sum_dtype(student.weight)
+    narrow = weight.device.type != "cuda"  # products give no more bits than they are given
+    alone = weight.numel() * student.dtype.itemsize if narrow and student.dtype != weight.dtype else 0
+    summed = weight.numel() * wide.itemsize if weight.dtype != wide else 0
+    return alone, summed + (WIDENED if narrow and student.dtype != wide else 0)
 
 
 def _is_flat(x: Tensor) -> bool:

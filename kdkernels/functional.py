@@ -65,8 +65,9 @@ class Explanation:
     Attributes:
         backend: The backend that would run.
         reasons: For every backend, why it can't run this call, or None where it can.
-        plan: With a `kd.Head`, how many `rows` would go at once, in how many `chunks`, and the `bytes` that
-            takes beyond inputs and gradients; else None.
+        plan: With a `kd.Head`, how many `rows` would go at once, in how many `chunks`, the `bytes` that takes
+            beyond inputs and gradients, and the rows of a `part`, for which a teacher's logits exist; else
+            None.
     """
 
     backend: str
@@ -76,7 +77,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}"]
         if self.plan is not None:
-            rows, chunks, size = self.plan
+            rows, chunks, size, _ = self.plan
             lines.append(f"heads: {chunks} × {rows:,} rows, {size / 2**20:,.1f} MiB")
         for name, why in self.reasons.items():
             lines.append(f"  {name}: {why or ('runs' if name == self.backend else 'could run')}")

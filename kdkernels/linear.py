@@ -8,6 +8,7 @@ of the weight, 8 · V · d bytes in float32, so few large chunks are made, as la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import chunks, reference
-from .chunks import Job, Plan, Rows, Wanted, items_of, part_of, plan, sum_dtype
+from .chunks import Job, Plan, Rows, Wanted, items_of, part_of, plan, student_of, sum_dtype
 from .reference import LabelError, counted_rows
 from .sources import Projection
 from .spec import STATS, Call, LossSpec
@@ -186,62 +187,73 @@ class Result(NamedTuple):
     state: State
 
 
-def _launch(job: Job, want: Wanted, kept: Tensor | None = None) -> tuple[Call, Rows, Plan]:
-    """The call without its graph, its rows and how they are taken."""
-    call = job.call
-    # What is given may require grad, and nothing here is recorded.
-    call = call._replace(student=call.student.detach(), teachers=tuple(v.detach() for v in call.teachers))
-    rows = Rows(call, job.drop_masked, kept)
-    return call, rows, plan(job, want, rows.count, rows.kept is not None)
+class _Loop:
+    """A call taken apart: chunks of the student's logits, in parts that the row kernels get."""
+
+    def __init__(self, job: Job, backend: Any, want: Wanted, kept: Tensor | None = None) -> None:
+        call = job.call
+        # What is given may require grad, and nothing here is recorded.
+        teachers = tuple(v.detach() for v in call.teachers)
+        self.call = call._replace(student=call.student.detach(), teachers=teachers)
+        self.rows, self.backend = Rows(self.call, job.drop_masked, kept), backend
+        self.how = plan(job, want, self.rows.count, self.rows.kept is not None)
+
+    def run(self, of_part: Callable[[Call, int, int, Tensor], Any], want: Wanted) -> Gradients:
+        """Calls `of_part(call, begin, end, gradient)`, which fills the gradient of those rows' logits."""
+        call, rows, how, backend = self.call, self.rows, self.how, self.backend
+        sums = _Sums(call.student, want, how, rows, backend)
+        student = _Side(call.student, how.rows, backend)
+        teachers = [_Side(v, how.part, backend) for v in call.teachers]
+        items = items_of(call, rows)
+        for begin, end in how.spans(rows.count):
+            z = student.logits(student_of(call, rows, begin, end))
+            dz = sums.place(z, begin)
+            for first, last in how.parts(begin, end):
+                inside = slice(first - begin, last - begin)
+                part = part_of(call, rows, first, last, items, z[inside])
+                vs = (side.logits(v) for side, v in zip(teachers, part.teachers, strict=True))
+                with _rows_named(rows, first):
+                    of_part(part._replace(teachers=tuple(vs)), first, last, dz[inside])
+            if any(want):
+                sums.add(student, dz, begin)
+        return sums.all()
 
 
 @torch.no_grad()
 def forward(job: Job, backend: Any, keep: str, want: Wanted) -> Result:
     """Loss, stats, and gradients of the parts where `keep` is `gradient`, or the rows' `state`."""
+    losses, figures, answered, states = [], [], [], []
+
+    def of_part(part: Call, begin: int, end: int, dz: Tensor) -> None:
+        loss, stats, kept = backend.forward(part, keep, dz if keep == "gradient" else None)
+        losses.append(loss)
+        if keep == "state" and kept is not None:
+            states.append(kept)
+        if stats is not None:
+            figures.append(stats)
+            answered.append(_answered(part, stats))
+
     with torch.autocast(job.call.student.device.type, enabled=False):
-        call, rows, how = _launch(job, want)
-        sums = _Sums(call.student, want if keep == "gradient" else (False,) * 3, how, rows, backend)
-        sides = [_Side(side, how.rows, backend) for side in (call.student, *call.teachers)]
-        items = items_of(call, rows)
-        losses, figures, answered, states = [], [], [], []
-        for begin, end in how.spans(rows.count):
-            part = _materialised(part_of(call, rows, begin, end, items), sides)
-            out = sums.place(part.student, begin) if keep == "gradient" else None
-            with _rows_named(rows, begin):
-                loss, stats, kept = backend.forward(part, keep, out)
-            if keep == "gradient":
-                sums.add(sides[0], kept, begin)
-            elif keep == "state":
-                states.append(kept)
-            losses.append(loss)
-            if stats is not None:
-                figures.append(stats)
-                answered.append(_answered(part, stats))
-        state = torch.cat(states, 1) if states and states[0] is not None else None
-        stats = _whole_stats(figures, answered, call.spec) if figures else None
-        return Result(_whole_loss(losses, call.spec, rows), stats, sums.all(), State(state, rows.kept))
+        loop = _Loop(job, backend, want)
+        gradients = loop.run(of_part, want if keep == "gradient" else (False, False, False))
+        spec, rows = loop.call.spec, loop.rows
+        stats = _whole_stats(figures, answered, spec) if figures else None
+        state = State(torch.cat(states, 1) if states else None, rows.kept)
+        return Result(_whole_loss(losses, spec, rows), stats, gradients, state)
 
 
 @torch.no_grad()
 def backward(upstream: Tensor, job: Job, backend: Any, state: State, want: Wanted) -> Gradients:
     """The gradients of the parts where forward kept none: logits once more, upstream before the rounding."""
+
+    def of_part(part: Call, begin: int, end: int, dz: Tensor) -> None:
+        factor = loop.rows.take(upstream, begin, end) if upstream.dim() else upstream
+        kept = None if state.rows is None else state.rows[:, begin:end].contiguous()
+        backend.gradient(factor, part, kept, dz)
+
     with torch.autocast(job.call.student.device.type, enabled=False):
-        call, rows, how = _launch(job, want, state.kept)
-        sums = _Sums(call.student, want, how, rows, backend)
-        sides = [_Side(side, how.rows, backend) for side in (call.student, *call.teachers)]
-        items = items_of(call, rows)
-        for begin, end in how.spans(rows.count):
-            part = _materialised(part_of(call, rows, begin, end, items), sides)
-            factor = rows.take(upstream, begin, end) if upstream.dim() else upstream
-            out = sums.place(part.student, begin)
-            kept = None if state.rows is None else state.rows[:, begin:end].contiguous()
-            sums.add(sides[0], backend.gradient(factor, part, kept, out), begin)
-        return sums.all()
-
-
-def _materialised(part: Call, sides: list[_Side]) -> Call:
-    z, *vs = (side.logits(x) for side, x in zip(sides, (part.student, *part.teachers), strict=True))
-    return part._replace(student=z, teachers=tuple(vs))
+        loop = _Loop(job, backend, want, state.kept)
+        return loop.run(of_part, want)
 
 
 class _rows_named:
@@ -305,7 +317,7 @@ def unfused(job: Job) -> tuple[Tensor, Tensor | None]:
     items = items_of(call, rows)
     losses, figures, answered = [], [], []
     for begin, end in how.spans(rows.count):
-        part = part_of(call, rows, begin, end, items)
+        part = part_of(call, rows, begin, end, items, student_of(call, rows, begin, end))
 
         def loss_of(part: Call) -> tuple[Tensor, Tensor | None]:
             return reference.kd_loss(_all_logits(part))

@@ -139,12 +139,19 @@ def sources(p: Pair, kind: str, o: Options) -> tuple[Any, Any, list[Tensor], Any
     return student, kd.Mixture(teachers, o.weights), p.parts, [v, other.logits()[1]]
 
 
-@pytest.mark.parametrize("chunks", ["one", "several"])
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a few rows have parts, too."""
+    monkeypatch.setattr(chunks, "TILE", 1)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("number", ["one", "several"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_and_gradients_are_the_truths(backend: str, name: str, kind: str, chunks: str) -> None:
+def test_loss_and_gradients_are_the_truths(backend: str, name: str, kind: str, number: str) -> None:
     """In fp64, through closed forms of the logits' gradient: hidden states, weight and bias."""
-    if interpreted(backend) and (kind, chunks) not in (("heads", "several"), ("mixture", "one")):
+    if interpreted(backend) and (kind, number) not in (("heads", "several"), ("mixture", "one")):
         pytest.skip(
             "interpreted, the same kernel takes seconds; what is around it runs on the other backends"
         )
@@ -159,7 +166,7 @@ def test_loss_and_gradients_are_the_truths(backend: str, name: str, kind: str, c
     student, teacher, parts, v = sources(p, kind, o)
     upstream = torch.rand(rows if o.reduction == "none" else (), dtype=torch.float64) + 0.5
     exact = truth(p.logits()[0], v, y, o, upstream)
-    budget = None if chunks == "one" else a_few_rows(p)
+    budget = None if number == "one" else a_few_rows(p)
     loss = kd.kd_loss(student, teacher, y, backend=backend, memory_budget=budget, **keywords(o))
     got = torch.autograd.grad(loss, parts, upstream)
     torch.testing.assert_close(loss, exact.loss, rtol=1e-9, atol=1e-12)
@@ -189,6 +196,7 @@ def test_every_divergence(backend: str, divergence: Any) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_stats_are_those_of_the_logits(backend: str, reduction: str, masked: bool) -> None:
@@ -259,9 +267,9 @@ def eager(p: Pair, labels: Tensor, o: Options, loss_scale: float) -> tuple[Tenso
 
 
 @fused
-@pytest.mark.parametrize("chunks", ["one", "several"])
+@pytest.mark.parametrize("number", ["one", "several"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_errors_are_no_larger_than_eagers(backend: str, dtype: torch.dtype, chunks: str) -> None:
+def test_errors_are_no_larger_than_eagers(backend: str, dtype: torch.dtype, number: str) -> None:
     """Of all gradients against fp64, in root mean square; float16 under a loss scale."""
     torch.manual_seed(7)
     rows, vocab = (16, 200) if interpreted(backend) else (64, 3000)
@@ -269,7 +277,7 @@ def test_errors_are_no_larger_than_eagers(backend: str, dtype: torch.dtype, chun
     p, labels = pair(rows, dtype=dtype, vocab=vocab), torch.randint(vocab, (rows,))
     exact = truth(*p.logits(), labels, o, torch.tensor(scale))
     theirs = eager(p, labels, o, scale)
-    budget = None if chunks == "one" else a_few_rows(p, rows // 4)
+    budget = None if number == "one" else a_few_rows(p, rows // 4)
     loss = kd.kd_loss(p.student(), p.teacher(), labels, backend=backend, memory_budget=budget, **keywords(o))
     ours = torch.autograd.grad(loss, p.parts, torch.tensor(scale))
     assert loss.dtype == torch.float32 and [x.dtype for x in ours] == [dtype] * 3
@@ -486,14 +494,14 @@ def test_backward_twice_and_accumulated(backend: str) -> None:
             torch.testing.assert_close(part.grad * 1.5, gradient, rtol=3e-3, atol=1e-4)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("chunks", ["one", "several"])
-def test_the_reference_is_differentiable_twice(chunks: str) -> None:
+@pytest.mark.parametrize("number", ["one", "several"])
+def test_the_reference_is_differentiable_twice(number: str) -> None:
     """Through chunks that are computed again, too."""
     p = pair(4, vocab=6)
-    budget = None if chunks == "one" else 6 * 8 * 13 * 2
+    budget = None if number == "one" else 6 * 8 * 13 * 2
     call = checked_call(p.student(), p.teacher(), None, complete({}), stats=False)
     how = plan(Job(call, budget, False), (True,) * 3, 4, False, fused=False)
-    assert (how.chunks > 1) == (chunks == "several")
+    assert (how.chunks > 1) == (number == "several")
 
     def loss(*parts: Tensor) -> Tensor:
         return kd.kd_loss(
