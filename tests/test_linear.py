@@ -166,7 +166,7 @@ def test_loss_and_gradients_are_the_truths(backend: str, name: str, kind: str, n
     student, teacher, parts, v = sources(p, kind, o)
     upstream = torch.rand(rows if o.reduction == "none" else (), dtype=torch.float64) + 0.5
     exact = truth(p.logits()[0], v, y, o, upstream)
-    budget = None if number == "one" else a_few_rows(p)
+    budget = None if number == "one" else a_few_rows(p, dropped=True)
     loss = kd.kd_loss(student, teacher, y, backend=backend, memory_budget=budget, **keywords(o))
     got = torch.autograd.grad(loss, parts, upstream)
     torch.testing.assert_close(loss, exact.loss, rtol=1e-9, atol=1e-12)
@@ -208,7 +208,7 @@ def test_stats_are_those_of_the_logits(backend: str, reduction: str, masked: boo
     z, v = p.logits()
     wanted = kd.kd_loss_with_stats(z, v, labels, backend="reference", **options)
     for drop in (True, False):
-        for budget in (None, a_few_rows(p, 2)):
+        for budget in (None, a_few_rows(p, 2, dropped=True)):
             loss, stats = kd.kd_loss_with_stats(
                 p.student(), p.teacher(), labels, backend=backend, memory_budget=budget, drop_masked=drop,
                 **options,
