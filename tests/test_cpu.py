@@ -14,8 +14,9 @@ from torch import Tensor
 from truth import Options
 
 import kdkernels as kd
-from kdkernels import tuning
+from kdkernels import bench, tuning
 from kdkernels.backends.cpu import BACKEND, CpuBackend
+from kdkernels.bench.memory import _status
 from kdkernels.spec import make_spec
 
 pytestmark = pytest.mark.skipif(why_not("cpu") is not None, reason=str(why_not("cpu")))
@@ -131,3 +132,25 @@ def test_a_schedule_of_temperatures_keeps_memory_bounded() -> None:
         kd.kd_loss(torch.zeros(1, 3), torch.zeros(1, 3), temperature=1 + step / 1000, backend="cpu")
     assert len(BACKEND._packed) <= 256
     assert make_spec.cache_info().maxsize is not None
+
+
+def _growth(send: object) -> int:
+    """Resident bytes that many calls add, each of which leaves something small behind."""
+    z, v = torch.randn(2, 131_072), torch.randn(2, 131_072)
+    kept: list[Tensor] = []
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            kept.append(kd.kd_loss(z, v, divergence=kd.JSD(0.5), backend="cpu"))
+            kept.append(torch.empty(5000))
+
+    calls(3)
+    before = _status("VmRSS")
+    calls(40)
+    return _status("VmRSS") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_calls_do_not_grow_the_heap() -> None:
+    """Scratch rows, 1.5 MiB a thread here, go where those of the call before were."""
+    assert bench.run_isolated(_growth, preload=("torch",)) < 4 << 20

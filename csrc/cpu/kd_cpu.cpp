@@ -197,9 +197,11 @@ struct Scratch {
     int64_t blocks = (classes + kBlock - 1) / kBlock, row = blocks * kBlock;
     int64_t rows = (keeps ? own ? 4 : 3 : 0) + (mixes ? binary ? 2 : 1 : 0) + (multiplies ? 1 : 0);
     int64_t records = count * (int64_t)(sizeof(Reader) + sizeof(RowNoise) + sizeof(double));
-    memory = aligned_alloc(64, (sizeof(R) * row * rows + records + 63) / 64 * 64);
+    // Aligned by hand: glibc's aligned_alloc asks for more than it keeps, so that what was freed is too small for
+    // the next call, and a heap that has something above it grows with every call.
+    memory = malloc(sizeof(R) * row * rows + records + 63);
     if (!memory) return false;
-    R* p = (R*)memory;
+    R* p = (R*)(((uintptr_t)memory + 63) / 64 * 64);
     if (keeps) {
       kept.z = p;
       kept.other = p + row;
