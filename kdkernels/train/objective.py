@@ -1,0 +1,241 @@
+"""What is minimised: named terms, weighted, each a mean over what it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .outputs import Batch, Outputs
+
+Over = Literal["items", "tokens", "samples"]
+
+
+@dataclass
+class Progress:
+    """How far a fit is.
+
+    Attributes:
+        step: Optimizer steps taken.
+        epoch: Epochs finished.
+        batch: Batches of this epoch that were used.
+        fraction: Of the whole fit, 0 to 1.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    fraction: float = 0.0
+
+
+Weight = float | Callable[[Progress], float]
+
+
+def warm_up(weight: float = 1.0, *, epochs: int | None = None, steps: int | None = None) -> Weight:
+    """A weight that grows linearly to its value: min(e / epochs, 1) of it in epoch e, counted from 1."""
+    if (epochs is None) == (steps is None) or (epochs or steps or 0) <= 0:
+        raise ValueError(f"warm_up takes epochs or steps, > 0, got epochs={epochs}, steps={steps}")
+
+    def at(now: Progress) -> float:
+        done = (now.epoch + 1) / epochs if epochs else (now.step + 1) / (steps or 1)
+        return weight * min(done, 1.0)
+
+    return at
+
+
+def linear(start: float, end: float, until: float = 1.0) -> Weight:
+    """A weight that goes from one value to another over a fraction of the fit, and stays there."""
+    if not 0 < until <= 1:
+        raise ValueError(f"until must be a fraction of the fit in (0, 1], got {until}")
+    return lambda now: start + (end - start) * min(now.fraction / until, 1.0)
+
+
+class Step:
+    """What a term sees: a batch, and the outputs of every model on it, each computed when first asked for.
+
+    Attributes:
+        batch: With labels beside their logits, as the adaptor prepared it.
+        progress: How far the fit is.
+    """
+
+    def __init__(
+        self, batch: Batch, run: Callable[[str], Outputs], progress: Progress, totals: dict[str, Any]
+    ) -> None:
+        self.batch, self.progress, self._run, self._totals = batch, progress, run, totals
+        self._outputs: dict[str, Outputs] = {}
+
+    def __getitem__(self, model: str) -> Outputs:
+        """Outputs of a model by its name: without gradients, unless this update trains it."""
+        if model not in self._outputs:
+            self._outputs[model] = self._run(model)
+        return self._outputs[model]
+
+    @property
+    def student(self) -> Outputs:
+        """Of the model of that name."""
+        return self["student"]
+
+    @property
+    def teacher(self) -> Outputs:
+        """Likewise."""
+        return self["teacher"]
+
+    @property
+    def labels(self) -> Any:
+        """Of the batch, beside their logits; an error where there are none."""
+        if self.batch.get("labels") is None:
+            raise ValueError(
+                "a term needs labels, and the batch has none: give (inputs, labels) or a 'labels' entry, or "
+                "leave the term out for unlabelled data"
+            )
+        return self.batch["labels"]
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Rows that count, or None for all."""
+        return self.batch["mask"]
+
+    def total(self, over: Over) -> Any:
+        """How many the whole optimizer step counts, for each process: what a sum over rows is divided by."""
+        return self._totals[over]
+
+    def share(self, over: Over) -> Any:
+        """This batch's part of them: what a mean over this batch is multiplied by."""
+        return count(self.batch, over) / self._totals[over]
+
+
+def count(batch: Batch, over: Over) -> Any:
+    """How many a prepared batch has: `items` that count, `tokens` that aren't padding, `samples`.
+
+    A number where nothing has to be looked at, else a tensor, so that no device is waited for.
+    """
+    if over == "items" and batch["mask"] is not None:
+        return batch["mask"].sum()
+    if over == "tokens" and isinstance(mask := batch.get("attention_mask"), Tensor):
+        return mask.sum()
+    first = next((x for x in batch.values() if isinstance(x, Tensor) and x.dim()), None)
+    if first is None:
+        raise ValueError("a batch must hold a tensor with a dimension of samples, to be counted")
+    return len(first)
+
+
+class Term(nn.Module):
+    """One named part of an objective: a function of a `Step` to a scalar, a mean over what it counts.
+
+    Attributes:
+        weight: What it is multiplied by: a number, or a function of the `Progress`.
+        over: What it is a mean over. Batches are weighted by their share of it, so that accumulation and
+            several processes give the mean of one big batch.
+        wants: What it asks of the adaptor, by model: `{"teacher": ("hidden_states",)}`.
+        captures: Names of modules, by model, whose outputs it uses.
+    """
+
+    over: Over = "items"
+
+    def __init__(self, weight: Weight = 1.0, over: Over | None = None) -> None:
+        super().__init__()
+        if isinstance(weight, bool) or not (callable(weight) or isinstance(weight, (int, float))):
+            raise TypeError(
+                f"weight must be a number or a function of the progress, got {type(weight).__name__}"
+            )
+        self.weight, self.over = weight, over or self.over
+        self.wants: dict[str, tuple[str, ...]] = {}
+        self.captures: dict[str, tuple[str, ...]] = {}
+
+    def weight_at(self, progress: Progress) -> float:
+        """The weight at a point of the fit."""
+        return float(self.weight(progress)) if callable(self.weight) else self.weight
+
+    @property
+    def group(self) -> Any:
+        """Terms of one class with the same group that isn't None are computed by one call of `together`."""
+        return None
+
+    @classmethod
+    def together(
+        cls, step: Step, terms: Mapping[str, Term], weights: Mapping[str, float]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What every term adds, weights included, and its value: by default one after the other."""
+        found = {}
+        for name, term in terms.items():
+            value = term(step)
+            if not isinstance(value, Tensor) or value.dim():
+                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"term {name} must return a scalar tensor, got {got}")
+            value = value * step.share(term.over)
+            found[name] = (value * weights[name], value)
+        return found
+
+    def around(self, name: str, model: nn.Module) -> AbstractContextManager[Any]:
+        """What a forward pass of a model runs in; the mapping that it gives is added to the outputs."""
+        return nullcontext({})
+
+    def check(self) -> None:
+        """Called when an epoch or a fit ends: raises where the data never had what the term is for."""
+
+
+class Function(Term):
+    """A function of the step as a term; `over` says what it is a mean over."""
+
+    def __init__(
+        self, function: Callable[[Step], Tensor], weight: Weight = 1.0, over: Over = "items"
+    ) -> None:
+        super().__init__(weight, over)
+        self.function = function
+
+    def forward(self, step: Step) -> Tensor:
+        """The function's value."""
+        return self.function(step)
+
+
+class Objective(nn.Module):
+    """A weighted sum of named terms.
+
+    Formula: Σ weight · term, every term a mean over what it counts.
+
+    Args:
+        **terms: Terms by name; a function of a `Step` is one of weight 1 over items that count.
+
+    Example:
+        >>> objective = Objective(soft=SoftTargets(temperature=4.0, weight=0.9), hard=HardLabels(weight=0.1))
+    """
+
+    def __init__(self, **terms: Term | Callable[[Step], Tensor]) -> None:
+        super().__init__()
+        if not terms:
+            raise ValueError("an objective must have a term, such as soft=SoftTargets()")
+        for name, term in terms.items():
+            if not isinstance(term, Term) and not callable(term):
+                raise TypeError(
+                    f"term {name} must be a Term or a function of a Step, got {type(term).__name__}"
+                )
+        self.terms = nn.ModuleDict(
+            {name: term if isinstance(term, Term) else Function(term) for name, term in terms.items()}
+        )
+
+    def counted(self) -> tuple[Over, ...]:
+        """All that terms are means over."""
+        return tuple(dict.fromkeys(("items", *(term.over for term in self.terms.values()))))
+
+    def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of the objective that a batch adds, and that of every term, without its weight, detached."""
+        parts = self.parts(step)
+        total = torch.stack([part for part, _ in parts.values()]).sum() if parts else torch.zeros(())
+        return total, {name: value.detach() for name, (_, value) in parts.items()}
+
+    def parts(self, step: Step, apart: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of every term whose weight isn't 0 now, what it adds, and that without its weight; `apart`, no two
+        terms are computed by one call."""
+        weights = {name: term.weight_at(step.progress) for name, term in self.terms.items()}
+        groups: dict[Any, dict[str, Term]] = {}
+        for name, term in self.terms.items():
+            if weights[name]:
+                groups.setdefault(name if apart or term.group is None else term.group, {})[name] = term
+        found = {}
+        for terms in groups.values():
+            found.update(next(iter(terms.values())).together(step, terms, weights))
+        return found

@@ -1,0 +1,174 @@
+"""Names for what goes into a model and comes out of it: batches, outputs, and the adaptor between them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..functional import shift_labels
+from ..sources import Head, Logits, Mixture
+
+# Of a batch, what is for the objective and not for the model.
+NOT_INPUTS = ("labels", "mask", "token_weights", "teacher")
+IGNORE_INDEX = -100
+Batch = dict[str, Any]
+
+
+class Outputs(dict[str, Any]):
+    """The named tensors of a model's forward pass, and what was captured in it.
+
+    `logits` is whatever `kd_loss` takes: a tensor, `kd.Logits`, `kd.Head`, of a teacher `kd.Mixture`. A name
+    that isn't there is a KeyError that lists those that are.
+    """
+
+    of = "model"
+
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(
+            f"the {self.of} gave no {name!r}, only {', '.join(map(repr, self)) or 'nothing'}: let the adaptor "
+            "name it, or capture a module by its name"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel and compile wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def as_batch(raw: Any) -> Batch:
+    """A loader's batch by names: a mapping as it is, a tuple as inputs and labels, a tensor as inputs."""
+    if isinstance(raw, Mapping):
+        return dict(raw)
+    if isinstance(raw, (tuple, list)) and 1 <= len(raw) <= 2:
+        return dict(zip(("inputs", "labels"), raw, strict=False))
+    if isinstance(raw, Tensor):
+        return {"inputs": raw}
+    raise TypeError(
+        f"a batch must be a mapping of names, (inputs, labels) or a tensor of inputs, got {type(raw).__name__}"
+        + (f" of {len(raw)}" if isinstance(raw, (tuple, list)) else "")
+        + "; wrap the loader so that it yields a dict"
+    )
+
+
+class Adaptor:
+    """How a model is called, what its outputs are named, and which rows count.
+
+    A model of `transformers` gets the batch's entries that its forward knows, without labels, so that it
+    makes no loss of its own; any other gets `batch["inputs"]`, or every entry by name where there is none.
+    A tensor that comes back is `logits`; so is the first of a tuple; a mapping keeps its names.
+
+    Labels of a causal LM are shifted here, once, to the logits that predict them. Rows that count are
+    `batch["mask"]` where given; else, of labels for each token, those that aren't -100; else, for a language
+    model without labels, the attention mask; else all samples, those labelled -100 too, which have a soft
+    term and no hard one.
+
+    Args:
+        call: Instead of all this, `call(model, batch) -> outputs`; what it returns is named as above.
+        shift: Whether labels are shifted; None for whether the model's class is a causal LM.
+    """
+
+    def __init__(
+        self, call: Callable[[nn.Module, Batch], Any] | None = None, shift: bool | None = None
+    ) -> None:
+        self.call, self.shift = call, shift
+
+    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with labels that stand beside their logits, and the mask of rows that count, or None."""
+        kind = _kind(type(unwrap(model)).__name__)
+        labels, mask = batch.get("labels"), batch.get("mask")
+        shift = kind == "causal" if self.shift is None else self.shift
+        if shift and labels is not None:
+            labels = shift_labels(labels)
+        if (
+            mask is None
+            and isinstance(labels, Tensor)
+            and labels.dim() > 1
+            and not labels.is_floating_point()
+        ):
+            mask = labels != IGNORE_INDEX
+        elif mask is None and labels is None and kind != "samples" and "attention_mask" in batch:
+            mask = batch["attention_mask"].bool()
+            if shift:
+                mask = mask & shift_labels(mask, False)
+        return {**batch, "labels": labels, "mask": mask}
+
+    def __call__(self, model: nn.Module, raw: Batch, wants: Collection[str] = ()) -> Outputs:
+        """Runs the model.
+
+        Args:
+            model: It.
+            raw: The batch as the loader gave it.
+            wants: What the objective asks for beyond logits: `hidden_states`, `attentions`.
+
+        Returns:
+            Its outputs by name.
+        """
+        inner = unwrap(model)
+        if self.call is not None:
+            return named(self.call(model, raw))
+        config = getattr(inner, "config", None)
+        if not hasattr(config, "model_type"):
+            if "inputs" in raw:
+                return named(model(raw["inputs"]))
+            return named(model(**{k: v for k, v in raw.items() if k not in NOT_INPUTS}))
+        known = _parameters(type(inner))
+        inputs = {k: v for k, v in raw.items() if k in known and k not in NOT_INPUTS}
+        if config.is_encoder_decoder and "decoder_input_ids" not in inputs and "labels" in raw:
+            inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=raw["labels"])
+        for name in {"hidden_states", "attentions"} & {*wants}:
+            inputs[f"output_{name}"] = True
+        return named(model(**inputs))
+
+
+def named(result: Any) -> Outputs:
+    """A model's result by names."""
+    if isinstance(result, (Tensor, Logits, Head, Mixture)):
+        return Outputs(logits=result)
+    if isinstance(result, Mapping):
+        return Outputs((k, v) for k, v in result.items() if v is not None)
+    if isinstance(result, (tuple, list)) and result:
+        return Outputs({"logits": result[0]} | {str(n): x for n, x in enumerate(result) if n})
+    raise TypeError(
+        f"a model must return a tensor, a tuple or a mapping, got {type(result).__name__}: pass "
+        "adaptor=Adaptor(call=...), which returns one of these"
+    )
+
+
+def detached(x: Any) -> Any:
+    """Without gradients: of a tensor, a source, or a container of those."""
+    return x.detach() if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, Tensor.detach, x)
+
+
+def on_device(x: Any, device: torch.device) -> Any:
+    """Likewise, on a device."""
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), x)
+
+
+def _kind(name: str) -> str:
+    """What a row of a model's logits is, by the name of its class."""
+    if name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")):
+        return "causal"
+    tokens = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification", "ForConditionalGeneration")
+    return "tokens" if name.endswith(tokens) else "samples"
+
+
+@lru_cache(maxsize=256)
+def _parameters(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)

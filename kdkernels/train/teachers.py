@@ -1,0 +1,77 @@
+"""Teachers: called in eval mode and without gradients, and afterwards as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..sources import Mixture
+from .outputs import Adaptor, Batch, Outputs, detached, named
+
+# A module, a function of the batch that gives a source of logits or named outputs, or an `Ensemble` of those.
+Teacher = nn.Module | Callable[[Batch], Any]
+
+
+class Ensemble:
+    """Several teachers as one, their predictions averaged as probabilities.
+
+    Args:
+        teachers: Modules, or functions of a batch.
+        weights: As `kd.Mixture` takes them; None for equal ones.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], weights: Any = None) -> None:
+        if not teachers:
+            raise ValueError("an ensemble must have a teacher, got none")
+        self.teachers, self.weights = list(teachers), weights
+
+
+class Stored:
+    """A teacher of which the batch brings what it gave: `batch["teacher"]`, a source of logits or named outputs."""
+
+    def __call__(self, batch: Batch) -> Any:
+        """What is there."""
+        if batch.get("teacher") is None:
+            raise ValueError(
+                "the objective asks for a teacher, and there is none: pass teacher=, or batches with a 'teacher' "
+                "entry"
+            )
+        return batch["teacher"]
+
+
+def modules_of(teacher: Any) -> list[nn.Module]:
+    """The modules a teacher consists of."""
+    if isinstance(teacher, Ensemble):
+        return [module for each in teacher.teachers for module in modules_of(each)]
+    return [teacher] if isinstance(teacher, nn.Module) else []
+
+
+def ask(
+    teacher: Any, batch: Batch, adaptor: Adaptor, wants: Collection[str], shared: Collection[nn.Module]
+) -> Outputs:
+    """A teacher's outputs on a batch as the loader gave it; `shared` ones are in eval mode only now."""
+    with torch.no_grad():
+        if isinstance(teacher, Ensemble):
+            each = [ask(t, batch, adaptor, wants, shared)["logits"] for t in teacher.teachers]
+            return Outputs(logits=Mixture(each, teacher.weights))
+        if isinstance(teacher, nn.Module):
+            with evaluating([teacher]) if teacher in shared else nullcontext():
+                return adaptor(teacher, batch, wants)
+        return Outputs({name: detached(x) for name, x in named(teacher(batch)).items()})
+
+
+@contextmanager
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, modules are in eval mode; afterwards each is in the mode that it was in."""
+    training = [m for model in models for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,175 @@
+"""Terms of logits: soft targets and labels of one student in one fused call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...divergences import DKD, BinaryKL, LogitMSE
+from ...functional import check_options, kd_loss, kd_loss_with_stats
+from ..objective import Step, Term, Weight
+from ..outputs import IGNORE_INDEX, detached
+
+
+class _LogitTerm(Term):
+    """A term of logits. Soft targets and labels of the same student are one call, which reads logits once."""
+
+    soft = True
+
+    def __init__(self, weight: Weight, student: str, teacher: str, options: Mapping[str, Any]) -> None:
+        super().__init__(weight)
+        check_options({name: value for name, value in options.items() if name != "reduction"})
+        self.student, self.teacher, self.options = student, teacher, dict(options)
+        self.binary = isinstance(self.options.get("divergence"), BinaryKL)
+        self._all: Tensor | None = None
+
+    @property
+    def group(self) -> Any:
+        """Terms of the same student; noise on its logits is in no other term."""
+        noisy = self.options.get("student_noise") is not None
+        return None if noisy else ("logits", self.student, self.binary)
+
+    @classmethod
+    def together(
+        cls, step: Step, terms: Mapping[str, Term], weights: Mapping[str, float]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Soft and hard term in one call; of more than two, the rest alone."""
+        soft = [n for n, t in terms.items() if isinstance(t, _LogitTerm) and t.soft]
+        hard = [n for n in terms if n not in soft]
+        found = {}
+        for name in (*soft[1:], *hard[1:], *(() if soft and hard else (*soft[:1], *hard[:1]))):
+            term: Any = terms[name]
+            loss = term.loss(step, **{"soft_weight" if term.soft else "hard_weight": weights[name]})
+            found[name] = (loss, loss / weights[name])
+        if soft and hard:
+            first: Any = terms[soft[0]]
+            loss, stats = first.loss(step, True, soft_weight=weights[soft[0]], hard_weight=weights[hard[0]])
+            terms[hard[0]].see(step.labels)  # type: ignore[operator]
+            found[soft[0]] = (loss, stats.soft)
+            found[hard[0]] = (torch.zeros_like(loss), stats.hard)
+        return found
+
+    def loss(
+        self, step: Step, stats: bool = False, soft_weight: float = 0.0, hard_weight: float = 0.0
+    ) -> Any:
+        """`kd_loss` of a step."""
+        student = step[self.student]["logits"]
+        teacher = detached(step[self.teacher]["logits"] if soft_weight else student)
+        labels, mask = None, step.mask
+        if hard_weight or isinstance(self.options.get("divergence"), DKD):
+            labels = step.labels
+            if mask is None:  # rows labelled -100 count, with a soft term
+                leading = labels.shape[:-1] if self.binary else labels.shape
+                if self._all is None or self._all.shape != leading or self._all.device != labels.device:
+                    self._all = torch.ones(leading, dtype=torch.bool, device=labels.device)
+                mask = self._all
+        return (kd_loss_with_stats if stats else kd_loss)(
+            student, teacher, labels, soft_weight=soft_weight, hard_weight=hard_weight, mask=mask,
+            token_weights=step.batch.get("token_weights"), num_items=step.total("items"), **self.options,
+        )  # fmt: skip
+
+
+class SoftTargets(_LogitTerm):
+    """A divergence between the teacher's and the student's softened predictions: T² · D(p, q).
+
+    Args:
+        divergence: As `kd_loss` takes it.
+        temperature: T.
+        weight: A number, or a function of the `Progress`.
+        student: The name of the model whose logits get the gradient.
+        teacher: The name of the one that gives the targets; of a trained model, its outputs without gradients.
+        **options: Further options of `kd_loss`, such as `teacher_noise`, `t_squared` or `memory_budget`.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
+    """
+
+    def __init__(
+        self,
+        divergence: Any = "forward_kl",
+        temperature: float = 1.0,
+        weight: Weight = 1.0,
+        *,
+        student: str = "student",
+        teacher: str = "teacher",
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            weight, student, teacher, {"divergence": divergence, "temperature": temperature, **options}
+        )
+
+
+class LogitMatch(SoftTargets):
+    """Squared error of logits, ½‖z − v‖² for each row, as `kd.LogitMSE` takes it; other arguments as there.
+
+    Source: Ba and Caruana, "Do Deep Nets Really Need to be Deep?", 2014.
+    """
+
+    def __init__(
+        self, weight: Weight = 1.0, *, student: str = "student", teacher: str = "teacher", **options: Any
+    ) -> None:
+        super().__init__(LogitMSE(), 1.0, weight, student=student, teacher=teacher, **options)
+
+
+class HardLabels(_LogitTerm):
+    """Cross-entropy of labels, −log softmax(z)[label], over rows that count; those labelled −100 add 0.
+
+    Raises, when an epoch has ended, ValueError if no row had a label.
+    """
+
+    soft = False
+
+    def __init__(self, weight: Weight = 1.0, *, student: str = "student", **options: Any) -> None:
+        super().__init__(weight, student, student, options)
+        self._seen: Any = None
+
+    def see(self, labels: Tensor) -> None:
+        """Notes whether there was a label."""
+        if self._seen is True:
+            return
+        if labels.device.type == "cpu":
+            self._seen = bool((labels != IGNORE_INDEX).any())
+        else:
+            some = (labels != IGNORE_INDEX).any()
+            self._seen = some if self._seen is None else self._seen | some
+
+    def loss(
+        self, step: Step, stats: bool = False, soft_weight: float = 0.0, hard_weight: float = 0.0
+    ) -> Any:
+        """Of the labels alone."""
+        self.see(step.labels)
+        return super().loss(step, stats, soft_weight, hard_weight)
+
+    def check(self) -> None:
+        """Raises if no label was seen."""
+        if self._seen is not None and not bool(self._seen):
+            raise ValueError(
+                "a term of labels saw none: every row was labelled -100. Leave the term out for unlabelled data"
+            )
+
+
+class MultiLabel(HardLabels):
+    """Binary cross-entropy of every label, Σ_c over classes, of labels in [0, 1], floats `[..., C]`.
+
+    With `SoftTargets(kd.BinaryKL())`, a sigmoid for each label, it is one call.
+    """
+
+    def __init__(self, weight: Weight = 1.0, *, student: str = "student") -> None:
+        super().__init__(weight, student=student, divergence=BinaryKL())
+
+    def see(self, labels: Tensor) -> None:
+        """Labels of every class."""
+        if not labels.is_floating_point():
+            raise TypeError(
+                f"MultiLabel takes labels [..., C] of floats in [0, 1], got {labels.dtype}: use .float()"
+            )
+        self._seen = True
+
+
+def accuracy(step: Step) -> Tensor:
+    """A metric: the share of rows that count whose label is the student's most probable class."""
+    right = step.student["logits"].argmax(-1) == step.labels
+    mask = step.mask if step.mask is not None else torch.ones_like(right)
+    return (right & mask).sum() / mask.sum().clamp(min=1)
