@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What wrappers put into the names of the modules inside them.
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+from .outputs import unwrap
+
+# What wrappers put into the names of the modules inside them; a wrapper of it all is taken off before.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Capture:
@@ -29,7 +31,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, paths: Iterable[str], label: str = "model") -> None:
         self.label, self.found = label, {}  # type: str, dict[tuple[str, str], Tensor]
-        modules = {_plain(name): module for name, module in model.named_modules()}
+        modules = {_plain(name): module for name, module in unwrap(model).named_modules()}
         self.places = {path: self._places(path, modules) for path in dict.fromkeys(paths)}
         self.hooks: list[Any] = []
         for name, what in dict.fromkeys(place for places in self.places.values() for place in places):
@@ -91,11 +93,8 @@ class Capture:
 
 
 def _plain(name: str) -> str:
-    """A module's name without the parts that wrappers around the whole or parts of a model put in."""
-    parts = name.split(".")
-    while parts and parts[0] in _WRAPPERS:
-        parts = parts[1:]
-    return ".".join(p for p in parts if p == "module" or p not in _WRAPPERS)
+    """A module's name without the parts that wrappers around parts of a model put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _is_pattern(path: str) -> bool:

@@ -73,15 +73,20 @@ def steps(root: Path) -> list[Path]:
 
 def random_state() -> dict[str, Any]:
     """Of Python's, NumPy's and torch's global generators."""
+    version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state(legacy=True)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy = (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+    return {
+        "python": (version, torch.tensor(words), gauss),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(), "cuda": cuda,
+    }  # fmt: skip
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Puts them back."""
-    random.setstate(state["python"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -348,10 +349,9 @@ class Distiller:
             ValueError: Nothing to do, a loader that yields nothing, a figure to monitor that isn't there.
             NonFiniteLoss: A loss was NaN or infinite.
         """
-        if (steps is None) == (epochs is None) or min(steps or 1, epochs or 1, log_every, keep) < 1:
-            raise ValueError(
-                f"fit takes steps or epochs, log_every and keep, >= 1, got steps={steps}, epochs={epochs}"
-            )
+        numbers = {"steps": steps, "epochs": epochs, "log_every": log_every, "keep": keep}
+        if (steps is None) == (epochs is None) or any(n is not None and n < 1 for n in numbers.values()):
+            raise ValueError(f"fit takes steps or epochs, and numbers >= 1, got {numbers}")
         self._prepare()
         loader, now = self._sharded(loader), self.progress
         length = -(-len(loader) // self.accumulate) if hasattr(loader, "__len__") else None
@@ -559,7 +559,7 @@ class Distiller:
                 }
                 for u in self.updates
             ],
-            "progress": asdict(self.progress), "best": self.best, "worse": self._worse, "history": self.history,
+            "progress": asdict(self.progress), "best": self.best, "worse": self._worse, "history": json.dumps(self.history),
             "scaler": None if scaler is None else scaler.state_dict(),
             "processes": gather_object([{"random": checkpoint.random_state(), "epoch_start": self._epoch_start}]),
         }  # fmt: skip
@@ -607,7 +607,7 @@ class Distiller:
                 f"{path} doesn't fit these models, objective, optimizers or processes: {error}"
             ) from error
         vars(self.progress).update(state["progress"])
-        self.best, self._worse, self.history = state["best"], state["worse"], state["history"]
+        self.best, self._worse, self.history = state["best"], state["worse"], json.loads(state["history"])
         checkpoint.set_random_state(self._restart["random"])
         return True
 
