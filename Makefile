@@ -79,7 +79,7 @@ $(VENV)/bin/python:
 $(READY): $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(CSRC)
 	@echo "Setting up $(VENV): the first time this downloads torch and takes minutes."
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[cli,bench,test,dev]'
+	$(INSTALL) --no-build-isolation --editable '.[cli,bench,train,hf,test,dev]'
 	@test -e kdkernels/libkdkernels_cpu.so || echo "Without the CPU library, since no C++ compiler works here:" \
 	  "losses run on the reference backend. With a compiler installed, 'make -B setup' builds it."
 	@touch $@

@@ -9,6 +9,7 @@ BENCHMARKS = {
     "logits": "the losses on logits: time, bandwidth, page faults, peak memory, error",
     "divergences": "every divergence, noise, a mixture: time, share of bandwidth, peak memory, error",
     "linear": "hidden states and heads: time beside the bare products, peak memory, error",
+    "trainer": "a step of the trainer beside the same step written by hand",
     "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
     "builds": "the Triton kernels built for GPUs that need not be here: registers, spills, accesses",
 }

@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Layers that return tuples, one of them called by keyword; eleven, so that names don't sort as numbers."""
+    """Layers that return tuples, called by keyword; eleven, so that names don't sort as numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,13 +62,20 @@ def compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, DistributedDataParallel, compiled, lambda m: compiled(DistributedDataParallel(m))], ids=["bare", "ddp", "compiled", "both"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda m: m, DistributedDataParallel, compiled, lambda m: compiled(DistributedDataParallel(m))],
+    ids=["bare", "ddp", "compiled", "both"],
+)
 def test_names_globs_and_inputs(wrap: Any) -> None:
     torch._dynamo.reset()
     model, x = Model(), torch.randn(3, 4)
     expected = steps(model, x)
     wrapped = wrap(model)
-    with Capture(wrapped, ["encoder.layer.3", "encoder.layer.*", "encoder.layer.3.dense:input", "module:input", "module"]) as capture:
+    with Capture(
+        wrapped,
+        ["encoder.layer.3", "encoder.layer.*", "encoder.layer.3.dense:input", "module:input", "module"],
+    ) as capture:
         z = wrapped(x)
         found = capture.take()
     torch.testing.assert_close(found["encoder.layer.3"], expected[4])
@@ -113,7 +120,9 @@ def test_hooks_are_removed_and_old_values_are_not_kept() -> None:
 
 
 def test_a_name_that_matches_nothing_says_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"no module of the student is named 'encoder\.layers\.3'.*encoder\.layer\.3"):
+    with pytest.raises(
+        ValueError, match=r"no module of the student is named 'encoder\.layers\.3'.*encoder\.layer\.3"
+    ):
         Capture(Model(), ["encoder.layers.3"], "student")
     with pytest.raises(ValueError, match=r"is named 'encoder\.\*\.dense'"):  # a star is one component
         Capture(Model(), ["encoder.*.dense"], "student")

@@ -40,7 +40,9 @@ FEATURES, CLASSES = 6, 5
 
 
 def net(width: int = 8, dropout: float = 0.0) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(FEATURES, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, CLASSES))
+    return nn.Sequential(
+        nn.Linear(FEATURES, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, CLASSES)
+    )
 
 
 def pair(seed: int = 0, dropout: float = 0.0) -> tuple[nn.Sequential, nn.Sequential]:
@@ -64,13 +66,13 @@ def samples(rows: int = 40) -> TensorDataset:
     """Labelled samples, of which a third have no label."""
     generator = torch.Generator().manual_seed(3)
     y = torch.randint(0, CLASSES, (rows,), generator=generator)
-    return TensorDataset(torch.randn(rows, FEATURES, generator=generator), y.masked_fill(torch.arange(rows) % 3 == 0, -100))
+    return TensorDataset(
+        torch.randn(rows, FEATURES, generator=generator), y.masked_fill(torch.arange(rows) % 3 == 0, -100)
+    )
 
 
 def objective() -> Objective:
-    return Objective(
-        soft=SoftTargets(temperature=2.0), hard=HardLabels(0.5), hint=Hint("1", "1", weight=3.0)
-    )
+    return Objective(soft=SoftTargets(temperature=2.0), hard=HardLabels(0.5), hint=Hint("1", "1", weight=3.0))
 
 
 def parameters(model: nn.Module) -> list[Tensor]:
@@ -89,7 +91,9 @@ def assert_close(a: list[Tensor], b: list[Tensor]) -> None:
 # Counting
 
 
-def fitted(batch: int, accumulate: int, build: Any = objective, data: Any = tokens) -> tuple[list[Tensor], Distiller]:
+def fitted(
+    batch: int, accumulate: int, build: Any = objective, data: Any = tokens
+) -> tuple[list[Tensor], Distiller]:
     student, teacher = pair()
     torch.manual_seed(7)  # of the projector
     distiller = Distiller(student, teacher, build(), sgd, accumulate=accumulate)
@@ -155,7 +159,7 @@ def test_gradient_norms_are_those_of_each_term_alone() -> None:
     distiller = Distiller(student, teacher, Objective(soft=SoftTargets(), hard=HardLabels(0.5)), sgd)
     before = parameters(student)
     (row,) = distiller.fit(DataLoader(samples(), 40), steps=1, log_every=1, grad_norms=True, progress=False)
-    ours, theirs = pair()
+    ours, _ = pair()
     assert same(before, parameters(ours))
     x, y = samples().tensors
     hard = 0.5 * nn.functional.cross_entropy(ours(x), y, ignore_index=-100, reduction="sum") / len(x)
@@ -281,7 +285,10 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one" / "tensors.safetensors").write_bytes(b"not tensors")
     with pytest.raises(ValueError, match="not a checkpoint that can be read"):
         distiller.resume(tmp_path / "one")
-    assert Distiller(student, teacher, Objective(soft=SoftTargets()), sgd, folder=tmp_path / "no").resume() is False
+    assert (
+        Distiller(student, teacher, Objective(soft=SoftTargets()), sgd, folder=tmp_path / "no").resume()
+        is False
+    )
 
 
 def test_tied_weights_are_stored_once_and_resumed(tmp_path: Path) -> None:
@@ -314,9 +321,15 @@ def test_tied_weights_are_stored_once_and_resumed(tmp_path: Path) -> None:
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     """A learning rate that diverges: the best was the first evaluation."""
     student, teacher = pair()
-    distiller = Distiller(student, teacher, Objective(soft=SoftTargets()), lambda p: torch.optim.SGD(p, 60.0), folder=tmp_path)
+    distiller = Distiller(
+        student, teacher, Objective(soft=SoftTargets()), lambda p: torch.optim.SGD(p, 60.0), folder=tmp_path
+    )
     history = distiller.fit(
-        DataLoader(samples(), 10), epochs=50, eval_loader=DataLoader(samples(), 40), patience=2, progress=False
+        DataLoader(samples(), 10),
+        epochs=50,
+        eval_loader=DataLoader(samples(), 40),
+        patience=2,
+        progress=False,
     )
     rows = [r["eval/loss"] for r in history if "eval/loss" in r]
     assert len(rows) < 50 and min(rows) == distiller.best and rows[-3] == min(rows)
@@ -339,10 +352,18 @@ def test_what_a_fit_leaves(tmp_path: Path) -> None:
 
     student, teacher = pair()
     distiller = Distiller(student, teacher, objective(), sgd, folder=tmp_path, callbacks=[Count()])
-    distiller.fit(DataLoader(samples(), 10), epochs=2, eval_loader=DataLoader(samples(), 10), log_every=2, progress=False)
+    distiller.fit(
+        DataLoader(samples(), 10),
+        epochs=2,
+        eval_loader=DataLoader(samples(), 10),
+        log_every=2,
+        progress=False,
+    )
     assert seen == {"on_step": 8, "on_evaluation": 2, "on_checkpoint": 3}
     text = (tmp_path / "history.csv").read_text().splitlines()
-    assert {"step", "loss", "soft", "hard", "hint", "eval/loss", "items_per_second", "lr"} <= set(text[0].split(","))
+    assert {"step", "loss", "soft", "hard", "hint", "eval/loss", "items_per_second", "lr"} <= set(
+        text[0].split(",")
+    )
     assert len(text) == 1 + 4 + 2
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     distiller.export(tmp_path / "student")
@@ -366,7 +387,12 @@ def test_a_callback_ends_a_fit() -> None:
 def test_weights_over_a_fit() -> None:
     assert [warm_up(epochs=4)(Progress(epoch=e)) for e in (0, 1, 3, 9)] == [0.25, 0.5, 1.0, 1.0]
     assert [warm_up(2.0, steps=2)(Progress(step=s)) for s in (0, 1, 5)] == [1.0, 2.0, 2.0]
-    assert [linear(3.0, 1.0, until=0.5)(Progress(fraction=f)) for f in (0.0, 0.25, 0.5, 1.0)] == [3.0, 2.0, 1.0, 1.0]
+    assert [linear(3.0, 1.0, until=0.5)(Progress(fraction=f)) for f in (0.0, 0.25, 0.5, 1.0)] == [
+        3.0,
+        2.0,
+        1.0,
+        1.0,
+    ]
 
 
 # Teachers
@@ -395,7 +421,9 @@ def test_a_teacher_is_frozen_while_it_teaches_and_left_as_it_was() -> None:
     watched.train()
     teacher[2].eval()
     before, weights = modes(watched), parameters(teacher)
-    Distiller(student, watched, Objective(soft=SoftTargets()), sgd).fit(DataLoader(samples(), 10), steps=3, progress=False)
+    Distiller(student, watched, Objective(soft=SoftTargets()), sgd).fit(
+        DataLoader(samples(), 10), steps=3, progress=False
+    )
     assert watched.seen == {(False, False)}
     assert modes(watched) == before and same(parameters(teacher), weights)
     assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
@@ -406,12 +434,14 @@ def test_a_teacher_that_shares_modules_does_not_change_the_students_mode() -> No
     torch.manual_seed(0)
     body = Watched(nn.Sequential(nn.Linear(FEATURES, 8), nn.Dropout(0.5)))
     student, teacher = nn.Sequential(body, nn.Linear(8, CLASSES)), nn.Sequential(body, nn.Linear(8, CLASSES))
-    Distiller(student, teacher, Objective(soft=SoftTargets()), sgd).fit(DataLoader(samples(), 10), steps=3, progress=False)
+    Distiller(student, teacher, Objective(soft=SoftTargets()), sgd).fit(
+        DataLoader(samples(), 10), steps=3, progress=False
+    )
     assert body.seen == {(True, True), (False, False)}
 
 
 def test_kinds_of_teachers_give_what_they_stand_for() -> None:
-    """A module, a function of the batch, stored logits, hidden states and a head, and ensembles of modules."""
+    """A module, a function of the batch, stored logits, hidden states and a head, ensembles of modules."""
     student, teacher = pair()
     other = net(4)
     x, y = samples().tensors
@@ -490,7 +520,9 @@ def test_a_loss_that_is_not_finite_names_term_and_batch(tmp_path: Path) -> None:
     bad[3] = math.nan
     student, teacher = pair()
     distiller = Distiller(student, teacher, objective(), sgd, folder=tmp_path)
-    with pytest.raises(NonFiniteLoss, match=r"soft.* not finite at step 2, batch 2 of epoch 0: .*Look at that batch"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"soft.* not finite at step 2, batch 2 of epoch 0: .*Look at that batch"
+    ):
         distiller.fit([(x, y), (x, y), (bad, y), (x, y)], epochs=1, save_every=1, progress=False)
     assert all(p.isfinite().all() for p in student.parameters())
     weights = parameters(student)
@@ -526,9 +558,9 @@ def once() -> Iterator[Any]:
         (lambda s, t: Distiller(s, t, objective(), updates=[Update(objective())]), ValueError, "not both"),
         (lambda s, t: Distiller(s, t, SoftTargets()), TypeError, "must be an Objective, got SoftTargets"),  # type: ignore[arg-type]
         (lambda s, t: Distiller("s", t, objective()), TypeError, "student must be an nn.Module, got str"),  # type: ignore[arg-type]
-        (lambda s, t: Distiller(s, t, objective(), accumulate=0), ValueError, "accumulate must be .*>= 1, got 0"),
+        (lambda s, t: Distiller(s, t, objective(), accumulate=0), ValueError, "accumulate must .*got 0"),
         (lambda s, t: Distiller({"teacher": s}, t, objective()), ValueError, "a student and of a teacher"),
-        (lambda s, t: Distiller(s, t, updates=[Update(objective(), trains=("x",))]), ValueError, "trains must name"),
+        (lambda s, t: Distiller(s, t, updates=[Update(objective(), trains=("x",))]), ValueError, "trains"),
         (lambda s, t: Objective(), ValueError, "must have a term"),
         (lambda s, t: Objective(soft=3), TypeError, "term soft must be a Term or a function"),  # type: ignore[arg-type]
         (lambda s, t: SoftTargets(weight="1"), TypeError, "weight must be a number"),  # type: ignore[arg-type]
@@ -551,6 +583,10 @@ def fit_one(**options: Any) -> Any:
     return run
 
 
+def goal(function: Any) -> Objective:
+    return Objective(mine=function)
+
+
 @pytest.mark.parametrize(
     ("run", "error", "said"),
     [
@@ -558,12 +594,12 @@ def fit_one(**options: Any) -> Any:
         (fit_one(steps=1, epochs=1), ValueError, "steps or epochs"),
         (fit_one(steps=0), ValueError, ">= 1"),
         (fit_one(steps=1, loader=[3]), TypeError, "a batch must be .*got int"),
-        (fit_one(steps=1, objective=Objective(m=lambda step: step["other"].logits.sum())), KeyError, "no model 'other'"),
-        (fit_one(steps=1, objective=Objective(m=lambda step: step.student.hidden)), KeyError, "gave no 'hidden'"),
-        (fit_one(steps=1, objective=Objective(m=lambda step: step.student.logits)), ValueError, "term m must return a scalar"),
-        (fit_one(steps=1, objective=Objective(soft=SoftTargets(weight=lambda now: 0.0))), ValueError, "no gradient"),
-        (fit_one(steps=1, objective=Objective(hint=Hint("9", "1"))), ValueError, "no module of the student is named '9'"),
-        (fit_one(steps=1, eval_loader=[samples().tensors], eval_every=1, monitor="f1"), ValueError, "monitor must be one of"),
+        (fit_one(steps=1, objective=goal(lambda s: s["other"].logits.sum())), KeyError, "no model 'other'"),
+        (fit_one(steps=1, objective=goal(lambda s: s.student.hidden)), KeyError, "gave no 'hidden'"),
+        (fit_one(steps=1, objective=goal(lambda s: s.student.logits)), ValueError, "must return a scalar"),
+        (fit_one(steps=1, objective=goal(SoftTargets(weight=lambda n: 0.0))), ValueError, "no gradient"),
+        (fit_one(steps=1, objective=goal(Hint("9", "1"))), ValueError, "the student is named '9'"),
+        (fit_one(steps=1, eval_loader=[samples().tensors], monitor="f1"), ValueError, "monitor must be one"),
     ],
 )  # fmt: skip
 def test_bad_fits(run: Any, error: type[Exception], said: str) -> None:
@@ -574,4 +610,6 @@ def test_bad_fits(run: Any, error: type[Exception], said: str) -> None:
 def test_without_a_teacher_the_remedy_is_named() -> None:
     student, _ = pair()
     with pytest.raises(ValueError, match=r"pass teacher=, or batches with a 'teacher'"):
-        Distiller(student, None, Objective(soft=SoftTargets()), sgd).fit([samples().tensors], steps=1, progress=False)
+        Distiller(student, None, Objective(soft=SoftTargets()), sgd).fit(
+            [samples().tensors], steps=1, progress=False
+        )

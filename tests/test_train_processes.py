@@ -106,4 +106,6 @@ def test_processes_give_what_one_gives(case: str, folder: Path, alone: dict[str,
         assert found.keys() == alone.keys()
         for name, x in found.items():
             # The hint is compared in float32, and so is the projector's part.
-            torch.testing.assert_close(x, alone[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                x, alone[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+            )

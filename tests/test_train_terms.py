@@ -57,7 +57,8 @@ def bert(layers: int = 2, width: int = 16) -> nn.Module:
 def gpt2(layers: int = 2, width: int = 16) -> nn.Module:
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCAB, n_embd=width, n_layer=layers, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=1
+            vocab_size=VOCAB, n_embd=width, n_layer=layers, n_head=4, n_positions=16, bos_token_id=1,
+            eos_token_id=1,
         )
     )  # fmt: skip
 
@@ -111,7 +112,10 @@ def test_soft_and_hard_terms_of_language_models(family: str) -> None:
     student, teacher = two(FAMILIES[family])
     batch = text()
     with torch.no_grad():
-        z, v = (model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits for model in (student, teacher))
+        z, v = (
+            model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            for model in (student, teacher)
+        )
     labels = batch["labels"]
     if family in CAUSAL:
         z, v, labels = z[:, :-1], v[:, :-1], labels[:, 1:]
@@ -119,7 +123,9 @@ def test_soft_and_hard_terms_of_language_models(family: str) -> None:
     lq, lp = (z[counted] / 2).log_softmax(-1), (v[counted] / 2).log_softmax(-1)
     soft = 4 * (lp.exp() * (lp - lq)).sum(-1).mean()
     hard = F.cross_entropy(z[counted], labels[counted])
-    row = Distiller(student, teacher, Objective(soft=SoftTargets(temperature=2.0), hard=HardLabels(0.3))).evaluate([batch])
+    row = Distiller(
+        student, teacher, Objective(soft=SoftTargets(temperature=2.0), hard=HardLabels(0.3))
+    ).evaluate([batch])
     assert row["soft"] == pytest.approx(float(soft), rel=1e-5)
     assert row["hard"] == pytest.approx(float(hard), rel=1e-5)
     unlabelled = {k: v for k, v in batch.items() if k != "labels"}
@@ -156,7 +162,9 @@ def test_logit_match_is_half_the_squared_error() -> None:
 def test_every_divergence_is_a_term(divergence: Any) -> None:
     student, teacher, x = linears()
     y = torch.randint(0, 5, (9,))
-    expected = kd.kd_loss(student(x), teacher(x).detach(), y, divergence=divergence, temperature=2.0, hard_weight=0.0)
+    expected = kd.kd_loss(
+        student(x), teacher(x).detach(), y, divergence=divergence, temperature=2.0, hard_weight=0.0
+    )
     found = value(student, teacher, SoftTargets(divergence, 2.0), (x, y))
     assert found == pytest.approx(expected.item(), rel=1e-5)
 
@@ -183,7 +191,9 @@ def test_soft_and_hard_terms_are_one_call(monkeypatch: pytest.MonkeyPatch) -> No
     calls: list[str] = []
     for name in ("kd_loss", "kd_loss_with_stats"):
         original = getattr(logits, name)
-        monkeypatch.setattr(logits, name, lambda *a, o=original, n=name, **k: (calls.append(n), o(*a, **k))[1])
+        monkeypatch.setattr(
+            logits, name, lambda *a, o=original, n=name, **k: (calls.append(n), o(*a, **k))[1]
+        )
     student, teacher, x = linears()
     y = torch.randint(0, 5, (9,))
     goals = Objective(soft=SoftTargets(temperature=2.0, weight=0.7), hard=HardLabels(0.3))
@@ -193,9 +203,9 @@ def test_soft_and_hard_terms_are_one_call(monkeypatch: pytest.MonkeyPatch) -> No
     after = student.weight.detach().clone()
     student, teacher, _ = linears()
     noisy = SoftTargets(temperature=2.0, weight=0.7, student_noise=kd.LogitNoise(0.0))
-    Distiller(student, teacher, Objective(soft=noisy, hard=HardLabels(0.3)), lambda p: torch.optim.SGD(p, 1.0)).fit(
-        [(x, y)], steps=1, progress=False
-    )
+    Distiller(
+        student, teacher, Objective(soft=noisy, hard=HardLabels(0.3)), lambda p: torch.optim.SGD(p, 1.0)
+    ).fit([(x, y)], steps=1, progress=False)
     assert calls[1:] == ["kd_loss", "kd_loss"]  # noise on the student's logits is in no other term
     torch.testing.assert_close(student.weight.detach(), after)
 
@@ -208,7 +218,10 @@ class Convs(nn.Module):
 
     def __init__(self, width: int, stride: int = 2) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, stride=stride, padding=1)
+        self.a, self.b = (
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.Conv2d(width, 2 * width, 3, stride=stride, padding=1),
+        )
         self.head = nn.Linear(2 * width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -267,7 +280,10 @@ def test_attention_transfer() -> None:
 
     expected = sum(
         (q(s) - q(t)).pow(2).mean().item()
-        for s, t in ((student.a(x), teacher.a(x)), (student.b(F.relu(student.a(x))), teacher.b(F.relu(teacher.a(x)))))
+        for s, t in (
+            (student.a(x), teacher.a(x)),
+            (student.b(F.relu(student.a(x))), teacher.b(F.relu(teacher.a(x)))),
+        )
     )
     term = AttentionTransfer(["a", "b"], ["a", "b"])
     assert value(student, teacher, term, (x, y)) == pytest.approx(expected, rel=1e-5)
@@ -300,8 +316,12 @@ def test_hidden_states_of_other_widths_share_a_projection() -> None:
     student, teacher = two(bert, widths=(8, 16))
     batch = text()
     projectors = Projectors()
-    goals = Objective(e=Embeddings(projectors=projectors), h=HiddenStates([(1, 2), (2, 4)], projectors=projectors))
-    Distiller(student, teacher, goals, lambda p: torch.optim.SGD(p, 0.1)).fit([batch], steps=1, progress=False)
+    goals = Objective(
+        e=Embeddings(projectors=projectors), h=HiddenStates([(1, 2), (2, 4)], projectors=projectors)
+    )
+    Distiller(student, teacher, goals, lambda p: torch.optim.SGD(p, 0.1)).fit(
+        [batch], steps=1, progress=False
+    )
     w = projectors["hidden"]
     student.eval()
     h, g = (hidden(m, batch, output_hidden_states=True).hidden_states for m in (student, teacher))
@@ -310,14 +330,16 @@ def test_hidden_states_of_other_widths_share_a_projection() -> None:
     found = value(student, teacher, HiddenStates([(1, 2), (2, 4)], projectors=projectors), batch)
     assert found == pytest.approx(expected, rel=1e-4)
     assert len([p for p in goals.parameters()]) == 2
-    with pytest.raises(ValueError, match="CosineHidden compares directions of one space: the student is 8 wide"):
+    with pytest.raises(
+        ValueError, match="CosineHidden compares directions of one space: the student is 8 wide"
+    ):
         value(student, teacher, CosineHidden(), batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_scores_are_those_of_the_softmax(family: str) -> None:
-    """Their softmax, masked as the model masks, is the attention that the model returns; logits stay the same."""
-    student, teacher = two(FAMILIES[family])
+    """Their softmax, masked as the model masks, is the attention that it returns; logits stay the same."""
+    student, _ = two(FAMILIES[family])
     batch = text()
     student.set_attn_implementation("eager")
     expected = hidden(student, batch, output_attentions=True)
@@ -381,9 +403,21 @@ def test_token_terms_accumulate_by_tokens() -> None:
 def test_what_terms_refuse() -> None:
     student, teacher = two(bert)
     batch = text()
-    with pytest.raises(ValueError, match=r"paired as \(5, 1\), and there are 3 of the student and 5 of the teacher"):
+    with pytest.raises(
+        ValueError, match=r"paired as \(5, 1\), and there are 3 of the student and 5 of the teacher"
+    ):
         value(student, teacher, HiddenStates([(5, 1)]), batch)
-    other = two(lambda n, w: BertForMaskedLM(BertConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=n, num_attention_heads=2, intermediate_size=32)))[0]
+    other = two(
+        lambda n, w: BertForMaskedLM(
+            BertConfig(
+                vocab_size=VOCAB,
+                hidden_size=16,
+                num_hidden_layers=n,
+                num_attention_heads=2,
+                intermediate_size=32,
+            )
+        )
+    )[0]
     with pytest.raises(ValueError, match="give the student as many heads"):
         value(other, teacher, AttentionScores([(0, 0)]), batch)
     with pytest.raises(KeyError, match="gave no 'hidden_states', only 'logits'"):

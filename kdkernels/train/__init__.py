@@ -7,8 +7,17 @@ from .outputs import Adaptor, Outputs
 from .recipes import Plan, Stage
 from .teachers import Ensemble, Stored
 from .terms import (
-    AttentionScores, AttentionTransfer, CosineHidden, Embeddings, HardLabels, HiddenStates, Hint, LogitMatch,
-    MultiLabel, SoftTargets, accuracy,
+    AttentionScores,
+    AttentionTransfer,
+    CosineHidden,
+    Embeddings,
+    HardLabels,
+    HiddenStates,
+    Hint,
+    LogitMatch,
+    MultiLabel,
+    SoftTargets,
+    accuracy,
 )  # fmt: skip
 
 __all__ = [

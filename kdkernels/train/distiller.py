@@ -6,13 +6,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -27,10 +27,11 @@ from . import checkpoint
 from .capture import Capture
 from .objective import Function, Objective, Progress, Step, Term, count
 from .outputs import Adaptor, Batch, Outputs, as_batch, on_device
-from .report import draw_curves, write_history
+from .report import Means, draw_curves, write_history
 from .teachers import Ensemble, Stored, ask, evaluating, modules_of
 
 Row = dict[str, Any]
+_PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -45,7 +46,7 @@ class Update:
         objective: What is minimised.
         optimizer: A torch optimizer, or a function that makes one of parameters, or a list of either, one for
             each model that is trained; None for AdamW at 1e-3.
-        scheduler: A learning-rate scheduler, or a function that makes one of an optimizer, or a list; or None.
+        scheduler: A learning-rate scheduler, or a function that makes one of an optimizer, a list, or None.
         trains: Names of the models that get gradients; the others' outputs have none.
         name: What its figures are logged under, where there are several.
     """
@@ -55,6 +56,14 @@ class Update:
     scheduler: Any = None
     trains: tuple[str, ...] = ("student",)
     name: str = ""
+
+
+class _Given(NamedTuple):
+    """A batch as the loader gave it and as terms see it, and what teachers said to it."""
+
+    raw: Batch
+    batch: Batch
+    known: dict[str, Outputs]
 
 
 class Distiller:
@@ -178,6 +187,12 @@ class Distiller:
                 raise ValueError(f"a term captures modules of {name!r}; there are {', '.join(everyone)}")
             paths = [p for term in self._terms() for p in term.captures.get(name, ())]
             self._captures[name] = Capture(everyone[name], paths, name)
+        # Where Accelerate's wrappers have nothing to do: they look for packages at every step.
+        self._plain = accelerator.scaler is None and kind in _PLAIN
+        self._wants = {
+            n: {w for t in self._terms() for w in t.wants.get(n, ())} for n in (*everyone, *self.teachers)
+        }
+        self._recorders = [t for t in self._terms() if type(t).around is not Term.around]
         students = {m for model in self.models.values() for m in model.modules()}
         self._shared = {m for m in self._modules if not students.isdisjoint(m.modules())}
 
@@ -186,7 +201,8 @@ class Distiller:
 
     def _adopt(self, update: Update) -> list[nn.Parameter]:
         """Parameters that the terms made, given to the first optimizer, the same on every process."""
-        extra = [p for p in update.objective.parameters() if p.requires_grad]
+        made = [term for term in update.objective.terms.values() if term._modules]
+        extra = list(dict.fromkeys(p for term in made for p in term.parameters() if p.requires_grad))
         if extra:
             optimizer = update.optimizer[0].optimizer
             known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -202,58 +218,45 @@ class Distiller:
         """Of a model on a batch: with gradients if it is trained here."""
         if name in known:
             return known[name]
-        model = self._ready.get(name, self.teachers.get(name))
+        model: Any = self._ready.get(name, self.teachers.get(name))
         if model is None:
             raise KeyError(f"there is no model {name!r}, only {', '.join([*self._ready, *self.teachers])}")
-        wants = {w for term in self._terms() for w in term.wants.get(name, ())}
-        with ExitStack() as stack:
-            around = (
-                [term.around(name, model) for term in self._terms()] if isinstance(model, nn.Module) else []
-            )
-            found = [stack.enter_context(each) for each in around]
+        recorders = self._recorders if isinstance(model, nn.Module) else []
+        with ExitStack() as stack, torch.set_grad_enabled(name in trains):
+            found = [stack.enter_context(term.around(name, model)) for term in recorders]
             if name in self._ready:
-                stack.enter_context(nullcontext() if name in trains else torch.no_grad())
-                outputs = self.adaptor(model, raw, wants)
+                outputs = self.adaptor(model, raw, self._wants[name])
             else:
-                stack.enter_context(self.accelerator.autocast())
-                known[name] = outputs = ask(model, raw, self.adaptor, wants, self._shared)
+                if self.accelerator.mixed_precision != "no":
+                    stack.enter_context(self.accelerator.autocast())
+                known[name] = outputs = ask(model, raw, self.adaptor, self._wants[name], self._shared)
         for more in (*found, *([self._captures[name].take()] if name in self._captures else [])):
             outputs.update(more)
         outputs.of = name
         return outputs
 
-    def _stepped(
-        self,
-        raws: Sequence[Batch],
-        batches: Sequence[Batch],
-        known: Sequence[dict[str, Outputs]],
-        update: Update,
-        trains: Sequence[str],
-    ) -> Iterator[Step]:
-        """What terms see of every batch, with what all of them count, on every process, for each process."""
-        kinds, processes = update.objective.counted(), self.accelerator.num_processes if trains else 1
-        sums = [sum(count(batch, over) for batch in batches) for over in kinds]
+    def _seen(self, update: Update, given: Sequence[_Given], trains: Sequence[str]) -> Iterator[Step]:
+        """What terms see of every batch, with what all of them count, over processes, for each process."""
+        kinds, processes = update.objective.counted, self.accelerator.num_processes if trains else 1
+        sums: list[Any] = [sum(count(each.batch, over) for each in given) for over in kinds]
         if processes > 1:
-            each = torch.stack(
-                [torch.as_tensor(s, dtype=torch.float32, device=self.accelerator.device) for s in sums]
-            )
-            sums = list((self.accelerator.reduce(each, "sum") / processes).unbind())
-        totals = {
-            o: s.clamp(min=1) if isinstance(s, Tensor) else max(s, 1)
-            for o, s in zip(kinds, sums, strict=True)
-        }
-        for raw, batch, outputs in zip(raws, batches, known, strict=True):
-            yield Step(batch, partial(self._outputs, raw, trains, outputs), self.progress, totals)
+            whole = torch.stack([torch.as_tensor(s, device=self.accelerator.device) for s in sums]).float()
+            sums = list((self.accelerator.reduce(whole, "sum") / processes).unbind())
+        clamped = [s.clamp(min=1) if isinstance(s, Tensor) else max(s, 1) for s in sums]
+        totals: dict[str, Any] = dict(zip(kinds, clamped, strict=True))
+        for raw, batch, known in given:
+            yield Step(batch, partial(self._outputs, raw, trains, known), self.progress, totals)
+
+    def _given(self, raws: Iterable[Batch]) -> list[_Given]:
+        first = next(iter(self.models.values()))
+        return [_Given(raw, self.adaptor.prepare(first, raw), {}) for raw in raws]
 
     def _step(self, raws: Sequence[Batch], grad_norms: bool) -> Row:
         """One optimizer step; gives the values of the terms, still on the device."""
-        accelerator, row = self.accelerator, {}  # type: Accelerator, Row
-        first = next(iter(self.models.values()))
-        batches = [self.adaptor.prepare(first, raw) for raw in raws]
-        known: list[dict[str, Outputs]] = [{} for _ in raws]
+        accelerator, row, given = self.accelerator, {}, self._given(raws)  # type: Accelerator, Row, list[_Given]
         for update in self.updates:
             prefix = f"{update.name}/" if update.name else ""
-            for n, step in enumerate(self._stepped(raws, batches, known, update, update.trains)):
+            for n, step in enumerate(self._seen(update, given, update.trains)):
                 last = n == len(raws) - 1
                 with ExitStack() as stack:
                     for name in update.trains if not last else ():
@@ -261,9 +264,19 @@ class Distiller:
                     if grad_norms and last:
                         row.update(self._grad_norms(step, update, prefix))
                     loss, values = update.objective(step)
-                    self._check_loss(loss, values, n)
-                    accelerator.backward(loss * accelerator.gradient_accumulation_steps)
-                for name, value in {**values, "loss": loss.detach()}.items():
+                    if not loss.requires_grad:
+                        raise ValueError(
+                            "the objective gives no gradient: no term has weight now, or uses what is trained"
+                        )
+                    values["loss"] = loss.detach()
+                    # Elsewhere looking would wait for the device: there it is done where figures are read.
+                    if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+                        self._check_finite(values, self.progress.batch + n)
+                    if self._plain:
+                        loss.backward()
+                    else:
+                        accelerator.backward(loss * accelerator.gradient_accumulation_steps)
+                for name, value in values.items():
                     row[prefix + name] = row[prefix + name] + value if n else value
             extra = self._adopt(update)
             for p in extra if accelerator.num_processes > 1 else ():
@@ -271,35 +284,28 @@ class Distiller:
             if self.clip is not None:
                 trained = [p for name in update.trains for p in self._ready[name].parameters()]
                 accelerator.clip_grad_norm_([*trained, *extra], self.clip)
-            for act in (*update.optimizer, *update.scheduler):
-                act.step()
             for optimizer in update.optimizer:
+                (optimizer.optimizer if self._plain else optimizer).step()
                 optimizer.optimizer.zero_grad()
+            for scheduler in update.scheduler:
+                scheduler.step()
         return row
 
-    def _check_loss(self, loss: Tensor, values: Row, n: int) -> None:
-        if not loss.requires_grad:
-            raise ValueError(
-                "the objective gives no gradient: no term has weight now, or uses what is trained"
-            )
-        # Elsewhere looking would wait for the device: there it is done where figures are read.
-        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-            self._fail({**values, "loss": loss}, self.progress.batch + n)
-
-    def _fail(self, values: Mapping[str, Any], batch: int) -> None:
+    def _check_finite(self, values: Mapping[str, Any], batch: int) -> None:
         figures = {name: float(value) for name, value in values.items()}
-        raise NonFiniteLoss(
-            f"{', '.join(n for n, v in figures.items() if not math.isfinite(v))} not finite at step "
-            f"{self.progress.step}, batch {batch} of epoch {self.progress.epoch}: "
-            + ", ".join(f"{name} {value:g}" for name, value in figures.items())
-            + ". Look at that batch, lower the learning rate, or clip gradients"
-        )
+        if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+            raise NonFiniteLoss(
+                f"{', '.join(bad)} not finite at step {self.progress.step}, batch {batch} of epoch "
+                f"{self.progress.epoch}: {', '.join(f'{n} {v:g}' for n, v in figures.items())}. Look at that "
+                "batch, lower the learning rate, or clip gradients"
+            )
 
     def _grad_norms(self, step: Step, update: Update, prefix: str) -> Row:
         """Of every term alone, on the last batch, in the trained models."""
         parameters = [p for name in update.trains for p in self.models[name].parameters() if p.requires_grad]
         row = {}
         for name, (part, _) in update.objective.parts(step, apart=True).items():
+            assert part is not None
             gradients = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
             norms = [g.float().norm() for g in gradients if g is not None]
             row[f"{prefix}{name}/grad_norm"] = torch.stack([*norms, torch.zeros_like(part)]).norm()
@@ -327,8 +333,8 @@ class Distiller:
         """Trains until that many steps or epochs were taken in all, those before a `resume` included.
 
         Args:
-            loader: Batches: mappings, (inputs, labels), or inputs alone. Accelerate shards a `DataLoader` over
-                processes; of anything else each process gives its own.
+            loader: Batches: mappings, (inputs, labels), or inputs alone. Accelerate shards a `DataLoader`
+                over processes; of anything else each process gives its own.
             steps: Optimizer steps, or
             epochs: passes over the loader.
             eval_loader: What `evaluate` is run on, or None.
@@ -354,7 +360,7 @@ class Distiller:
             raise ValueError(f"fit takes steps or epochs, and numbers >= 1, got {numbers}")
         self._prepare()
         loader, now = self._sharded(loader), self.progress
-        length = -(-len(loader) // self.accumulate) if hasattr(loader, "__len__") else None
+        length = -(-len(loader) // self.accumulate) if isinstance(loader, Sized) else None
         goal = steps if epochs is None else epochs * length if length else None
         pace = _Pace(self)
 
@@ -438,12 +444,9 @@ class Distiller:
         while group := list(islice(batches, self.accumulate)):
             yield [self._placed(raw) for raw in group]
 
-    def _placed(self, given: Any) -> Batch:
+    def _placed(self, raw: Any) -> Batch:
         """A batch by names, on the device."""
-        device = self.accelerator.device
-        return {
-            k: x.to(device) if hasattr(x, "to") else on_device(x, device) for k, x in as_batch(given).items()
-        }
+        return {name: on_device(x, self.accelerator.device) for name, x in as_batch(raw).items()}
 
     @torch.no_grad()
     def evaluate(self, loader: Iterable[Any]) -> Row:
@@ -453,52 +456,32 @@ class Distiller:
             ValueError: The loader yields nothing.
         """
         self._prepare()
-        sums: dict[tuple[str, str], Tensor] = {}
-        first = next(iter(self.models.values()))
+        means = Means()
         # Wrappers would wait for processes that have no batch left.
         ready, self._ready = self._ready, dict(self.models)
         try:
             with evaluating([*self.models.values(), *self._modules]):
-                for given in self._sharded(loader, even=False):
-                    raw = self._placed(given)
-                    batch, known = self.adaptor.prepare(first, raw), {}  # type: Batch, dict[str, Outputs]
+                for raw in self._sharded(loader, even=False):
+                    given = self._given([self._placed(raw)])
                     for update in self.updates:
-                        (step,) = self._stepped([raw], [batch], [known], update, ())
-                        prefix, terms = f"{update.name}/" if update.name else "", update.objective.terms
-                        found = [
-                            (n, v, terms[n].over, part)
-                            for n, (part, v) in update.objective.parts(step).items()
-                        ]
-                        if update is self.updates[0]:
-                            found += [(n, m(step), m.over, None) for n, m in self.metrics.items()]
-                        for name, value, over, part in found:
-                            n = float(count(batch, over))
-                            for key, x in (
-                                (("value", prefix + name), value),
-                                ((prefix + "loss", name), part),
-                            ):
-                                if x is not None:
-                                    sums[key] = sums.get(key, torch.zeros(2).double()) + torch.tensor(
-                                        [float(x) * n, n]
-                                    )
+                        (step,) = self._seen(update, given, ())
+                        prefix = f"{update.name}/" if update.name else ""
+                        for name, (part, value) in update.objective.parts(step).items():
+                            term: Any = update.objective.terms[name]
+                            n = float(count(step.batch, term.over))
+                            means.add(prefix + name, float(value), n)
+                            means.add((prefix + "loss", name), 0.0 if part is None else float(part), n)
+                        for name, metric in self.metrics.items() if update is self.updates[0] else ():
+                            means.add(name, float(metric(step)), float(count(step.batch, metric.over)))
         finally:
             self._ready = ready
         row: Row = {}
-        for kind, name, figure in self._means({k: v.tolist() for k, v in sums.items()}):
-            key = name if kind == "value" else kind
+        for name, figure in means.over(self.accelerator.num_processes).items():
+            key = name if isinstance(name, str) else name[0]
             row[key] = row.get(key, 0.0) + figure
         if not row:
             raise ValueError("loader yields nothing: there is no batch to evaluate")
         return row
-
-    def _means(self, sums: dict[tuple[str, str], list[float]]) -> list[tuple[str, str, float]]:
-        """Of sums and counts by name, over all processes."""
-        each = gather_object([sums]) if self.accelerator.num_processes > 1 else [sums]
-        means = []
-        for key in dict.fromkeys(key for one in each for key in one):
-            total, n = (sum(one[key][i] for one in each if key in one) for i in (0, 1))
-            means.append((*key, total / max(n, 1.0)))
-        return means
 
     def _evaluated(self, row: Row, monitor: str, maximize: bool, patience: int | None) -> bool:
         if monitor not in row:
@@ -544,8 +527,8 @@ class Distiller:
     def save(self, path: str | Path) -> None:
         """Writes a checkpoint, a folder of safetensors and JSON that is there whole or not at all.
 
-        It holds what the rest of the fit depends on: models, what terms train, optimizers, schedulers, where in
-        the data the fit is, and the states of the random generators, which noise is drawn from.
+        It holds what the rest of the fit depends on: models, what terms train, optimizers, schedulers, where
+        in the data the fit is, and the states of the random generators, which noise is drawn from.
         """
         self._prepare()
         accelerator, scaler = self.accelerator, self.accelerator.scaler
@@ -559,9 +542,12 @@ class Distiller:
                 }
                 for u in self.updates
             ],
-            "progress": asdict(self.progress), "best": self.best, "worse": self._worse, "history": json.dumps(self.history),
+            "progress": asdict(self.progress), "best": self.best, "worse": self._worse,
+            "history": json.dumps(self.history),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "processes": gather_object([{"random": checkpoint.random_state(), "epoch_start": self._epoch_start}]),
+            "processes": gather_object(
+                [{"random": checkpoint.random_state(), "epoch_start": self._epoch_start}]
+            ),
         }  # fmt: skip
         if accelerator.is_main_process:
             checkpoint.save(Path(path), state)
@@ -613,7 +599,7 @@ class Distiller:
 
     def export(self, path: str | Path, model: str = "student") -> None:
         """Writes a trained model alone: as `save_pretrained` does where it has that, else as safetensors."""
-        module = self.models[model]
+        module: Any = self.models[model]
         Path(path).mkdir(parents=True, exist_ok=True)
         if hasattr(module, "save_pretrained"):
             module.save_pretrained(path)
@@ -644,15 +630,13 @@ class _Pace:
         distiller = self.distiller
         if not self.rows:
             return
-        sums: dict[tuple[str, str], list[float]] = {}
+        sums = Means()
         for batch, row in self.rows:
             values = {name: float(value) for name, value in row.items()}
-            if not all(map(math.isfinite, values.values())):
-                distiller._fail(values, batch)
+            distiller._check_finite(values, batch)
             for name, value in values.items():
-                total, n = sums.get(("", name), (0.0, 0))
-                sums["", name] = [total + value, n + 1]
-        means = {name: figure for _, name, figure in distiller._means(sums)}
+                sums.add(name, value)
+        means = sums.over(distiller.accelerator.num_processes)
         rate = self.items * distiller.accelerator.num_processes / (time.perf_counter() - self.since)
         means |= {"items_per_second": rate, "lr": distiller.updates[0].optimizer[0].param_groups[0]["lr"]}
         distiller.record(means)

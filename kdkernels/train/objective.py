@@ -158,16 +158,17 @@ class Term(nn.Module):
     @classmethod
     def together(
         cls, step: Step, terms: Mapping[str, Term], weights: Mapping[str, float]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """What every term adds, weights included, and its value: by default one after the other."""
+    ) -> dict[str, tuple[Tensor | None, Tensor]]:
+        """What every term adds, weights included (None where another's has it in), and its value."""
         found = {}
         for name, term in terms.items():
             value = term(step)
             if not isinstance(value, Tensor) or value.dim():
                 got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"term {name} must return a scalar tensor, got {got}")
-            value = value * step.share(term.over)
-            found[name] = (value * weights[name], value)
+            share, weight = step.share(term.over), weights[name]
+            value = value if isinstance(share, float) and share == 1 else value * share
+            found[name] = (value if weight == 1 else value * weight, value)
         return found
 
     def around(self, name: str, model: nn.Module) -> AbstractContextManager[Any]:
@@ -216,25 +217,26 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict(
             {name: term if isinstance(term, Term) else Function(term) for name, term in terms.items()}
         )
-
-    def counted(self) -> tuple[Over, ...]:
-        """All that terms are means over."""
-        return tuple(dict.fromkeys(("items", *(term.over for term in self.terms.values()))))
+        made: Any = self.terms  # which is typed as one of any modules
+        # All that terms are means over.
+        self.counted: tuple[Over, ...] = tuple(dict.fromkeys(("items", *(t.over for t in made.values()))))
+        self._groups: list[tuple[str, Term, Any]] = [
+            (name, term, name if term.group is None else term.group) for name, term in made.items()
+        ]
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """The part of the objective that a batch adds, and that of every term, without its weight, detached."""
+        """What a batch adds to the objective, and to every term, without its weight, detached."""
         parts = self.parts(step)
-        total = torch.stack([part for part, _ in parts.values()]).sum() if parts else torch.zeros(())
-        return total, {name: value.detach() for name, (_, value) in parts.items()}
+        added = [part for part, _ in parts.values() if part is not None] or [torch.zeros(())]
+        return sum(added[1:], added[0]), {name: value.detach() for name, (_, value) in parts.items()}
 
-    def parts(self, step: Step, apart: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of every term whose weight isn't 0 now, what it adds, and that without its weight; `apart`, no two
-        terms are computed by one call."""
-        weights = {name: term.weight_at(step.progress) for name, term in self.terms.items()}
-        groups: dict[Any, dict[str, Term]] = {}
-        for name, term in self.terms.items():
-            if weights[name]:
-                groups.setdefault(name if apart or term.group is None else term.group, {})[name] = term
+    def parts(self, step: Step, apart: bool = False) -> dict[str, tuple[Tensor | None, Tensor]]:
+        """Of terms whose weight isn't 0 now, what each adds, and its value; `apart`, by a call for each."""
+        weights, groups = {}, {}  # type: dict[str, float], dict[Any, dict[str, Term]]
+        for name, term, group in self._groups:
+            if weight := term.weight_at(step.progress):
+                weights[name] = weight
+                groups.setdefault(name if apart else group, {})[name] = term
         found = {}
         for terms in groups.values():
             found.update(next(iter(terms.values())).together(step, terms, weights))

@@ -31,8 +31,8 @@ class Outputs(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise KeyError(
-            f"the {self.of} gave no {name!r}, only {', '.join(map(repr, self)) or 'nothing'}: let the adaptor "
-            "name it, or capture a module by its name"
+            f"the {self.of} gave no {name!r}, only {', '.join(map(repr, self)) or 'nothing'}: let the "
+            "adaptor name it, or capture a module by its name"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -61,7 +61,7 @@ def as_batch(raw: Any) -> Batch:
     if isinstance(raw, Tensor):
         return {"inputs": raw}
     raise TypeError(
-        f"a batch must be a mapping of names, (inputs, labels) or a tensor of inputs, got {type(raw).__name__}"
+        f"a batch must be a mapping, (inputs, labels) or a tensor of inputs, got {type(raw).__name__}"
         + (f" of {len(raw)}" if isinstance(raw, (tuple, list)) else "")
         + "; wrap the loader so that it yields a dict"
     )
@@ -120,15 +120,16 @@ class Adaptor:
         Returns:
             Its outputs by name.
         """
-        inner = unwrap(model)
+        inner: Any = unwrap(model)
         if self.call is not None:
             return named(self.call(model, raw))
-        config = getattr(inner, "config", None)
+        config: Any = getattr(inner, "config", None)
         if not hasattr(config, "model_type"):
             if "inputs" in raw:
                 return named(model(raw["inputs"]))
             return named(model(**{k: v for k, v in raw.items() if k not in NOT_INPUTS}))
-        known = _parameters(type(inner))
+        kind: Any = type(inner)
+        known = _parameters(kind)
         inputs = {k: v for k, v in raw.items() if k in known and k not in NOT_INPUTS}
         if config.is_encoder_decoder and "decoder_input_ids" not in inputs and "labels" in raw:
             inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=raw["labels"])
@@ -158,7 +159,7 @@ def detached(x: Any) -> Any:
 
 def on_device(x: Any, device: torch.device) -> Any:
     """Likewise, on a device."""
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), x)
+    return x.to(device) if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, lambda t: t.to(device), x)
 
 
 def _kind(name: str) -> str:
@@ -170,5 +171,5 @@ def _kind(name: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def _parameters(kind: type) -> frozenset[str]:
+def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)

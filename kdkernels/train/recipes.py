@@ -1,4 +1,4 @@
-"""Strategies of the literature as plans: terms, weights, stages and initialisations, with the papers' settings.
+"""Strategies of the literature as plans: terms, weights, stages, initialisations, with the papers' settings.
 
 Every recipe takes a student and a teacher and gives a `Plan`: `plan.stages` are what is done one after the
 other, `plan.run(loader, eval_loader, epochs=...)` does it, and goes on where it was interrupted.
@@ -6,10 +6,11 @@ other, `plan.run(loader, eval_loader, epochs=...)` does it, and goes on where it
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,8 +21,16 @@ from .distiller import Distiller, Row, Update
 from .objective import Objective, Term, Weight, warm_up
 from .teachers import Ensemble
 from .terms import (
-    AttentionScores, AttentionTransfer, CosineHidden, Embeddings, HardLabels, HiddenStates, Hint, MultiLabel,
-    Projectors, SoftTargets,
+    AttentionScores,
+    AttentionTransfer,
+    CosineHidden,
+    Embeddings,
+    HardLabels,
+    HiddenStates,
+    Hint,
+    MultiLabel,
+    Projectors,
+    SoftTargets,
 )  # fmt: skip
 
 
@@ -57,6 +66,7 @@ class Plan:
     """
 
     def __init__(self, student: Any, teacher: Any, stages: Sequence[Stage], **options: Any) -> None:
+        inspect.signature(Distiller).bind_partial(student, teacher, **options)  # a misspelt one is told now
         self.student, self.teacher, self.stages, self.options = student, teacher, list(stages), options
 
     @property
@@ -102,7 +112,7 @@ class Plan:
             if not (place is not None and distiller.resume()) and stage.before is not None:
                 stage.before(self)
             length = max(1, round((steps or epochs or 0) * stage.share / whole))
-            amount = {"steps": length} if steps is not None else {"epochs": length}
+            amount: dict[str, Any] = {"steps": length} if steps is not None else {"epochs": length}
             histories[stage.name] = distiller.fit(loader, eval_loader=eval_loader, **amount, **options)
         return histories
 
@@ -192,7 +202,7 @@ def noisy_teacher(
     hard_weight: Weight = 0.0,
     **training: Any,
 ) -> Plan:
-    """Distillation from perturbed logits: ½‖z − v′‖², v′ = (1 + ξ) · v with ξ ~ N(0, σ²) on a share of the rows.
+    """Distillation from perturbed logits: ½‖z − (1 + ξ)·v‖², ξ ~ N(0, σ²) on a share of the rows, else 0.
 
     With squared error this changes the gradient's variance and not its mean; see also `noisy_student`.
 
@@ -320,7 +330,7 @@ def distilbert(
 ) -> Plan:
     """The triple loss on a student that begins as every other layer of the teacher.
 
-    5 · T² · KL + 2 · the model's own labels (masked or next tokens) + 1 · (1 − cos of the last hidden states).
+    5 · T² · KL + 2 · CE of the model's labels (masked or next tokens) + 1 − cos of the last hidden states.
 
     Args:
         student: A model of `transformers` as wide as the teacher.
@@ -329,8 +339,8 @@ def distilbert(
         soft_weight: Weight of the soft targets.
         hard_weight: Weight of the labels.
         cosine_weight: Weight of the directions of hidden states.
-        layers: The teacher's layer that each layer of the student begins as; None for evenly spaced ones, 0 and
-            the last among them ([0, 2, 4, 7, 9, 11] for 6 of 12).
+        layers: The teacher's layer that each layer of the student begins as; None for evenly spaced ones, the
+            first and the last among them ([0, 2, 4, 7, 9, 11] for 6 of 12).
         initialise: Whether to copy layers; False for a student that is initialised already.
         **training: As of `hinton`.
 
@@ -371,9 +381,10 @@ def tinybert(
         intermediate_share: Length of stage 1, relative to stage 2.
         **training: As of `hinton`.
 
-    Source: Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", 2020, equations 5 to 11.
+    Source: Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", 2020, equations 5 to
+        11.
     """
-    ours, theirs = (model.config.num_hidden_layers for model in (student, teacher))
+    ours, theirs = (int(cast(Any, model).config.num_hidden_layers) for model in (student, teacher))
     if layer_map is None:
         if theirs % ours:
             raise ValueError(
@@ -384,7 +395,7 @@ def tinybert(
         raise ValueError(f"layer_map must have {ours} layers from 1 to {theirs}, got {list(layer_map)}")
     pairs = list(enumerate(layer_map, start=1))
     projectors = Projectors() if share_projection else None
-    stages = {
+    stages: dict[str, dict[str, Term]] = {
         "intermediate": {
             "embeddings": Embeddings(projectors=projectors),
             "hidden": HiddenStates(pairs, projectors=projectors),
@@ -443,8 +454,10 @@ def ensemble(
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 5.
     """
-    options = {"temperature": temperature, "soft_weight": soft_weight, "hard_weight": hard_weight}
-    return hinton(student, Ensemble(teachers, weights), **options, **training)
+    return hinton(
+        student, Ensemble(teachers, weights), temperature=temperature, soft_weight=soft_weight,
+        hard_weight=hard_weight, **training,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -474,7 +487,8 @@ def copy_layers(student: nn.Module, teacher: nn.Module, layers: Sequence[int] | 
         raise ValueError(f"the student's layers are not like the teacher's: {error}") from error
     if unequal:
         raise ValueError(
-            f"{unequal[0]} is {tuple(own[unequal[0]].shape)} in the student and {tuple(given[unequal[0]].shape)} in the teacher; copy_layers needs equal widths"
+            f"{unequal[0]} is {tuple(own[unequal[0]].shape)} in the student and "
+            f"{tuple(given[unequal[0]].shape)} in the teacher; copy_layers needs equal widths"
         )
     student.load_state_dict(outside, strict=False)
 

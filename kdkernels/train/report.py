@@ -8,7 +8,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 Row = Mapping[str, Any]
+
+
+class Means:
+    """Weighted means of figures by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Any, tuple[float, float]] = {}
+
+    def add(self, name: Any, value: float, weight: float = 1.0) -> None:
+        """Takes a figure in."""
+        total, weights = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (total + value * weight, weights + weight)
+
+    def over(self, processes: int) -> dict[Any, float]:
+        """The means over all processes."""
+        each = gather_object([self.sums]) if processes > 1 else [self.sums]
+        names = dict.fromkeys(name for sums in each for name in sums)
+        pairs = {name: [sums[name] for sums in each if name in sums] for name in names}
+        return {n: sum(t for t, _ in p) / max(sum(w for _, w in p), 1e-300) for n, p in pairs.items()}
 
 
 def write_history(path: Path, rows: Sequence[Row]) -> None:

@@ -31,14 +31,14 @@ class Ensemble:
 
 
 class Stored:
-    """A teacher of which the batch brings what it gave: `batch["teacher"]`, a source of logits or named outputs."""
+    """A teacher whose outputs the batch brings: `batch["teacher"]`, a source of logits or named outputs."""
 
     def __call__(self, batch: Batch) -> Any:
         """What is there."""
         if batch.get("teacher") is None:
             raise ValueError(
-                "the objective asks for a teacher, and there is none: pass teacher=, or batches with a 'teacher' "
-                "entry"
+                "the objective asks for a teacher, and there is none: pass teacher=, or batches with a "
+                "'teacher' entry"
             )
         return batch["teacher"]
 

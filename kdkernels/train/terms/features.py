@@ -40,10 +40,11 @@ def _projector(wide: int, out: int, maps: bool) -> nn.Module:
 
 
 class Hint(Term):
-    """Mean squared error between a guided layer of the student, through a regressor, and a layer of the teacher.
+    """Mean squared error between a guided layer of the student, through a regressor, and one of the teacher.
 
     Formula: mean (r(h_s) − h_t)², the mean over samples and elements; r is linear, of feature maps
-    `[B, C, H, W]` a 1×1 convolution, and made where the widths differ. Maps of unequal size are pooled to the smaller.
+    `[B, C, H, W]` a 1×1 convolution, and made where the widths differ. Maps of unequal size are pooled to the
+    smaller.
 
     Args:
         student: Name of the student's module, as `Capture` takes it.
@@ -129,8 +130,8 @@ class TokenTerm(Term):
         for s, t in pairs:
             if not -len(ours) <= s < len(ours) or not -len(theirs) <= t < len(theirs):
                 raise ValueError(
-                    f"layers of {self.what} are paired as ({s}, {t}), and there are {len(ours)} of the student and "
-                    f"{len(theirs)} of the teacher"
+                    f"layers of {self.what} are paired as ({s}, {t}), and there are {len(ours)} of the "
+                    f"student and {len(theirs)} of the teacher"
                 )
         return [(ours[s], theirs[t]) for s, t in pairs]
 
@@ -146,7 +147,7 @@ class TokenTerm(Term):
 class HiddenStates(TokenTerm):
     """Mean squared error of hidden states, MSE(H_s W, H_t), summed over pairs of layers.
 
-    Formula: Σ_pairs mean (H_s W − H_t)², over tokens and width; W is made where widths differ, one for all pairs.
+    Formula: Σ_pairs mean (H_s W − H_t)², over tokens and width; W is made where widths differ, one for all.
 
     Args:
         pairs: Indices into the hidden states of student and teacher, of which 0 is the embeddings' output;
@@ -199,8 +200,8 @@ class CosineHidden(TokenTerm):
         for s, t in layers:
             if s.shape[-1] != t.shape[-1]:
                 raise ValueError(
-                    f"CosineHidden compares directions of one space: the student is {s.shape[-1]} wide and the "
-                    f"teacher {t.shape[-1]}; use HiddenStates, which projects"
+                    f"CosineHidden compares directions of one space: the student is {s.shape[-1]} wide and "
+                    f"the teacher {t.shape[-1]}; use HiddenStates, which projects"
                 )
         total = [1 - F.cosine_similarity(s.float(), t.float(), dim=-1) for s, t in layers]
         return self.mean(torch.stack(total).mean(0), step)

@@ -35,7 +35,7 @@ class _LogitTerm(Term):
     @classmethod
     def together(
         cls, step: Step, terms: Mapping[str, Term], weights: Mapping[str, float]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    ) -> dict[str, tuple[Tensor | None, Tensor]]:
         """Soft and hard term in one call; of more than two, the rest alone."""
         soft = [n for n, t in terms.items() if isinstance(t, _LogitTerm) and t.soft]
         hard = [n for n in terms if n not in soft]
@@ -43,13 +43,13 @@ class _LogitTerm(Term):
         for name in (*soft[1:], *hard[1:], *(() if soft and hard else (*soft[:1], *hard[:1]))):
             term: Any = terms[name]
             loss = term.loss(step, **{"soft_weight" if term.soft else "hard_weight": weights[name]})
-            found[name] = (loss, loss / weights[name])
+            found[name] = (loss, loss.detach() / weights[name])
         if soft and hard:
             first: Any = terms[soft[0]]
             loss, stats = first.loss(step, True, soft_weight=weights[soft[0]], hard_weight=weights[hard[0]])
             terms[hard[0]].see(step.labels)  # type: ignore[operator]
             found[soft[0]] = (loss, stats.soft)
-            found[hard[0]] = (torch.zeros_like(loss), stats.hard)
+            found[hard[0]] = (None, stats.hard)
         return found
 
     def loss(
@@ -80,7 +80,7 @@ class SoftTargets(_LogitTerm):
         temperature: T.
         weight: A number, or a function of the `Progress`.
         student: The name of the model whose logits get the gradient.
-        teacher: The name of the one that gives the targets; of a trained model, its outputs without gradients.
+        teacher: The name of the one that gives the targets; a trained model gives them without gradients.
         **options: Further options of `kd_loss`, such as `teacher_noise`, `t_squared` or `memory_budget`.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
@@ -146,7 +146,7 @@ class HardLabels(_LogitTerm):
         """Raises if no label was seen."""
         if self._seen is not None and not bool(self._seen):
             raise ValueError(
-                "a term of labels saw none: every row was labelled -100. Leave the term out for unlabelled data"
+                "a term of labels saw none: every row was labelled -100. Leave the term out for data without"
             )
 
 

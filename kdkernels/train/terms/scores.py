@@ -45,8 +45,8 @@ class AttentionScores(TokenTerm):
         for s, t in self.layers(step):
             if s.shape != t.shape:
                 raise ValueError(
-                    f"attention scores are compared head by head: the student has {tuple(s.shape)}, the teacher "
-                    f"{tuple(t.shape)}; give the student as many heads"
+                    f"attention scores are compared head by head: the student has {tuple(s.shape)}, the "
+                    f"teacher {tuple(t.shape)}; give the student as many heads"
                 )
             off = (s.float() - t.float()).pow(2).mean(1)  # [B, S, S]
             if mask is None:
@@ -69,7 +69,8 @@ def recorded_scores(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
         ValueError: The model's attention doesn't go through `transformers`' interface.
     """
     _register()
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    found: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
+    configs = {id(config): config for config in found}.values()
     before = [config._attn_implementation for config in configs]
     scores: list[Tensor] = []
     _recording.append(scores)
@@ -83,8 +84,8 @@ def recorded_scores(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
             config._attn_implementation = name
     if not scores:
         raise ValueError(
-            f"{type(model).__name__} left no attention scores: its attention doesn't go through transformers' "
-            "AttentionInterface; capture the modules that make its queries and keys"
+            f"{type(model).__name__} left no attention scores: its attention doesn't go through "
+            "transformers' AttentionInterface; capture the modules that make its queries and keys"
         )
 
 
