@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,10 +48,34 @@ def test_the_table_was_found() -> None:
     assert len(TABLE) >= 8
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+TRAINER = [code for code in SNIPPETS if "kdkernels.train" in code]
+
+
+@pytest.mark.parametrize("code", [code for code in SNIPPETS if code not in TRAINER])
 def test_snippets_run(names: dict[str, Any], code: str) -> None:
     exec(compile(code, "<README>", "exec"), names)
     assert names["z" if "student_logits" in code else "student_hidden"].grad is not None
+
+
+def test_the_trainers_snippets_run(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """One after the other: the second goes on with the models of the first."""
+    pytest.importorskip("accelerate")
+    assert len(TRAINER) == 2
+    for code in TRAINER:
+        exec(compile(code, "<README>", "exec"), names)
+    printed = capsys.readouterr().out
+    assert all(f"'{name}'" in printed for name in ("soft", "hard", "hint", "loss", "accuracy"))
+
+
+def test_every_recipe_is_named() -> None:
+    recipes = pytest.importorskip("kdkernels.train.recipes")
+    table = README.split("| recipe | minimises |")[1].split("\n\n")[0]
+    public = {
+        n for n, f in vars(recipes).items() if inspect.isfunction(f) and f.__module__ == recipes.__name__
+    }
+    named = {name for name in public if not name.startswith("_")} - {"copy_layers"}
+    assert set(re.findall(r"`(\w+)`", table)) == named
 
 
 @pytest.mark.parametrize("code", [right for _, right in TABLE])

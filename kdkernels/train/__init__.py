@@ -1,5 +1,12 @@
 """The trainer: `Distiller` minimises an `Objective` of terms; recipes compose them into strategies."""
 
+import importlib.util
+
+if importlib.util.find_spec("accelerate") is None:
+    raise ModuleNotFoundError(
+        "kdkernels.train needs more packages: pip install 'kdkernels[train]'", name="accelerate"
+    )
+
 from . import recipes
 from .distiller import Distiller, NonFiniteLoss, Update
 from .objective import Function, Objective, Progress, Step, Term, linear, warm_up

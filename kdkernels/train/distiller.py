@@ -337,7 +337,7 @@ class Distiller:
                 over processes; of anything else each process gives its own.
             steps: Optimizer steps, or
             epochs: passes over the loader.
-            eval_loader: What `evaluate` is run on, or None.
+            eval_loader: What `evaluate` is run on, at the end too; or None.
             eval_every: After how many steps; None for once an epoch.
             save_every: After how many steps there is a checkpoint in `folder`; None for once an epoch.
             keep: Checkpoints that are kept, beside the best.
@@ -410,6 +410,9 @@ class Distiller:
                 for term in self._terms():
                     term.check()
             pace.log()
+            done = [row for row in self.history if row["step"] == now.step and f"eval/{monitor}" in row]
+            if eval_loader is not None and not done:
+                self._evaluated(self.evaluate(eval_loader), monitor, maximize, patience)
             if self.folder is not None:
                 self._keep(keep)
         return self.history
