@@ -484,6 +484,14 @@ def test_a_student_of_hidden_states_never_makes_logits() -> None:
     assert_close(parameters(student), parameters(ours))
 
 
+def test_hooks_are_there_during_a_fit_and_not_after() -> None:
+    student, teacher = pair()
+    distiller = Distiller(student, teacher, objective(), sgd)
+    distiller.fit(DataLoader(samples(), 10), steps=2, eval_loader=DataLoader(samples(), 10), progress=False)
+    distiller.evaluate(DataLoader(samples(), 10))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*student.modules(), *teacher.modules()))
+
+
 # Transfer sets
 
 

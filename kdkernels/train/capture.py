@@ -33,9 +33,10 @@ class Capture:
         self.label, self.found = label, {}  # type: str, dict[tuple[str, str], Tensor]
         modules = {_plain(name): module for name, module in unwrap(model).named_modules()}
         self.places = {path: self._places(path, modules) for path in dict.fromkeys(paths)}
+        wanted = dict.fromkeys(place for places in self.places.values() for place in places)
+        self.modules = {place: modules[place[0]] for place in wanted}
         self.hooks: list[Any] = []
-        for name, what in dict.fromkeys(place for places in self.places.values() for place in places):
-            self.hooks.append(self._hook(modules[name], name, what))
+        self.depth = 0
 
     def _places(self, path: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
         pattern, _, what = path.partition(":")
@@ -49,16 +50,16 @@ class Capture:
             )
         return [(name, what or "output") for name in hits]
 
-    def _hook(self, module: nn.Module, name: str, what: str) -> Any:
+    def _hook(self, place: tuple[str, str], module: nn.Module) -> Any:
         def keep(value: Any) -> None:
             while isinstance(value, (tuple, list)) and value:
                 value = value[0]
             if isinstance(value, Mapping) and value:
                 value = next(iter(value.values()))
             if isinstance(value, Tensor):
-                self.found[name, what] = value
+                self.found[place] = value
 
-        if what == "output":
+        if place[1] == "output":
             return module.register_forward_hook(lambda _, args, result: keep(result))
         return module.register_forward_pre_hook(
             lambda _, args, more: keep(args or list(more.values())), with_kwargs=True
@@ -85,11 +86,18 @@ class Capture:
         }
 
     def __enter__(self) -> Capture:
+        """Has hooks from the first of several."""
+        if not self.depth:
+            self.hooks = [self._hook(place, module) for place, module in self.modules.items()]
+        self.depth += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
+        self.depth -= 1
+        if not self.depth:
+            self.found = {}
+            for hook in self.hooks:
+                hook.remove()
 
 
 def _plain(name: str) -> str:

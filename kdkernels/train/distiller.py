@@ -136,6 +136,7 @@ class Distiller:
         self._worse = 0
         self._ready: dict[str, nn.Module] = {}
         self._captures: dict[str, Capture] = {}
+        self._loaders: dict[tuple[int, bool], tuple[Any, Any]] = {}
         self._epoch_start: Any = None
         self._restart: Any = None
 
@@ -389,6 +390,8 @@ class Distiller:
                 stack.callback(model.eval)
                 model.train()
             stack.enter_context(evaluating([m for m in self._modules if m not in self._shared]))
+            for capture in self._captures.values():
+                stack.enter_context(capture)
             stack.callback(self._draw)
             shown = progress and self.accelerator.is_main_process
             pace.bar = stack.enter_context(tqdm(total=goal, initial=now.step, unit="step", disable=not shown))
@@ -421,11 +424,19 @@ class Distiller:
         """A `DataLoader` over processes; not `even`, no sample is there twice to make their shares equal."""
         if not isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
             return loader
-        before, self.accelerator.even_batches = self.accelerator.even_batches, even
-        try:
-            return self.accelerator.prepare_data_loader(loader, device_placement=False)
-        finally:
-            self.accelerator.even_batches = before
+        key = id(loader), even
+        if (
+            key not in self._loaders
+        ):  # Accelerate keeps what it prepares, and so does this: with the loader itself
+            before, self.accelerator.even_batches = self.accelerator.even_batches, even
+            try:
+                self._loaders[key] = (
+                    loader,
+                    self.accelerator.prepare_data_loader(loader, device_placement=False),
+                )
+            finally:
+                self.accelerator.even_batches = before
+        return self._loaders[key][1]
 
     def _groups(self, loader: Iterable[Any]) -> Iterator[list[Batch]]:
         """Batches of an optimizer step at a time, from where a resumed fit was."""
@@ -463,7 +474,10 @@ class Distiller:
         # Wrappers would wait for processes that have no batch left.
         ready, self._ready = self._ready, dict(self.models)
         try:
-            with evaluating([*self.models.values(), *self._modules]):
+            with ExitStack() as stack:
+                stack.enter_context(evaluating([*self.models.values(), *self._modules]))
+                for capture in self._captures.values():
+                    stack.enter_context(capture)
                 for raw in self._sharded(loader, even=False):
                     given = self._given([self._placed(raw)])
                     for update in self.updates:
