@@ -264,6 +264,30 @@ def test_killed_at_any_step_and_resumed_the_weights_are_the_same_to_the_bit(
     assert not same(whole, parameters(pair(dropout=0.3)[0]))
 
 
+def test_a_fit_that_goes_on_where_another_ended_is_resumed_too(tmp_path: Path) -> None:
+    """The first ends within an epoch, the second begins another, and a checkpoint of that is right."""
+
+    def run(stop: int | None, resume: bool = False) -> list[Tensor]:
+        student, teacher = pair(dropout=0.3)
+        distiller = Distiller(
+            student, teacher, Objective(soft=SoftTargets()), sgd, folder=tmp_path / str(stop)
+        )
+        loader = DataLoader(samples(), 10, shuffle=True)
+        options: dict[str, Any] = {"save_every": 1, "progress": False}
+        if resume:
+            assert distiller.resume()
+        else:
+            torch.manual_seed(1)
+            distiller.fit(loader, steps=3, **options)
+        distiller.callbacks = [] if stop is None or resume else [Stop(stop)]
+        distiller.fit(loader, steps=9, **options)
+        return parameters(student)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(6)
+    assert same(run(6, resume=True), run(None))
+
+
 def test_a_checkpoint_that_is_half_written_is_not_there(tmp_path: Path) -> None:
     long_fit(tmp_path)
     kept = sorted(p.name for p in tmp_path.glob("step-*"))

@@ -448,6 +448,7 @@ class Distiller:
             for generator, state in zip(generators, self._epoch_start["generators"], strict=False):
                 generator.set_state(state)
         else:
+            self.progress.batch = 0  # an earlier fit may have ended within an epoch
             states = [generator.get_state() for generator in generators]
             self._epoch_start = {"random": checkpoint.random_state(), "generators": states}
         batches = iter(loader)
