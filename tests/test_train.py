@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("accelerate")
 
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -395,6 +397,30 @@ def test_what_a_fit_leaves(tmp_path: Path) -> None:
     assert exported.keys() == student.state_dict().keys()  # no projector
     saved = load_file(sorted(tmp_path.glob("step-*"))[-1] / "tensors.safetensors")
     assert any("projectors" in name for name in saved)
+
+
+def test_trackers_are_accelerates() -> None:
+    logged: list[tuple[dict[str, float], int]] = []
+
+    class Tracker(GeneralTracker):
+        name = "mine"
+        requires_logging_directory = False
+
+        def __init__(self) -> None:
+            pass
+
+        tracker = property(lambda self: logged)
+
+        def store_init_configuration(self, values: Any) -> None:
+            pass
+
+        def log(self, values: Any, step: int, **more: Any) -> None:
+            logged.append((values, step))
+
+    student, teacher = pair()
+    distiller = Distiller(student, teacher, objective(), sgd, accelerator=Accelerator(log_with=Tracker()))
+    distiller.fit(DataLoader(samples(), 10), steps=4, log_every=2, progress=False)
+    assert [step for _, step in logged] == [2, 4] and {"loss", "soft", "hint", "lr"} <= logged[0][0].keys()
 
 
 def test_a_callback_ends_a_fit() -> None:

@@ -82,7 +82,8 @@ class Distiller:
         scheduler: Likewise; stepped once for every optimizer step.
         updates: Instead of those three, a list of `Update`.
         adaptor: How models are called and what their outputs are named.
-        accelerator: An `accelerate.Accelerator`; None for its defaults.
+        accelerator: An `accelerate.Accelerator`, for mixed precision, sharding, or trackers, as in
+            `Accelerator(log_with="tensorboard", project_dir="runs")`; None for its defaults.
         accumulate: Batches of an optimizer step.
         clip: Largest norm of the gradient, or None.
         metrics: By name, functions of a `Step` whose means `evaluate` adds.
@@ -175,6 +176,8 @@ class Distiller:
             update.optimizer = _made(update.optimizer or partial(AdamW, lr=1e-3), models)
         optimizers = [o for update in self.updates for o in update.optimizer]
         ready = accelerator.prepare(*self.models.values(), *optimizers)
+        if accelerator.log_with and not accelerator.trackers:
+            accelerator.init_trackers("kdkernels")
         prepared = iter(ready[len(self.models) :])
         for update in self.updates:
             update.optimizer = [next(prepared) for _ in update.optimizer]
