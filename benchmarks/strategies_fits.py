@@ -254,11 +254,11 @@ def classify(
     `half` has seen, or `held-out` ones of the second, with labels, without or with the teacher's `argmax`.
     """
     split = Digits.of(seed)
-    given: Any
+    given: Any = None
     if teachers:
         # Each learns what the student of labelled data learns, from another initialisation.
         given = [_small_teacher(lab, seed, number) for number in range(teachers)]
-    else:
+    elif recipe != "labels" or data == "argmax":
         given = digits_teacher(lab, "wide" if teacher == "shuffled" else teacher, seed)
     first = 0 if data in ("labelled", "unlabelled") else TRAIN_ROWS // 2
     x, y = rows(split.train[first : first + amount])
