@@ -10,9 +10,12 @@ BENCHMARKS = {
     "divergences": "every divergence, noise, a mixture: time, share of bandwidth, peak memory, error",
     "linear": "hidden states and heads: time beside the bare products, peak memory, error",
     "trainer": "a step of the trainer beside the same step written by hand",
+    "strategies": "every strategy of the literature beside its control: differences over seeds, verdicts",
     "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
     "builds": "the Triton kernels built for GPUs that need not be here: registers, spills, accesses",
 }
+# What some of them import and not every Python has.
+NEEDED = ("torch", "accelerate", "safetensors", "sklearn", "scipy", "tqdm", "transformers")
 
 
 def main(arguments: list[str]) -> int:
@@ -28,11 +31,11 @@ def main(arguments: list[str]) -> int:
     try:
         module = importlib.import_module(f"benchmarks.{arguments[0]}")
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name is None or error.name.split(".")[0] not in NEEDED:
             raise
         print(
-            f"python -m benchmarks {arguments[0]} needs torch, which {sys.executable} doesn't have; run it "
-            "with a Python that does (make: PYTHON=...)",
+            f"python -m benchmarks {arguments[0]} needs {error.name}, which {sys.executable} doesn't have; "
+            "run it with a Python that does (make: PYTHON=...)",
             file=sys.stderr,
         )
         return 2

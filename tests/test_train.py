@@ -671,3 +671,11 @@ def test_without_a_teacher_the_remedy_is_named() -> None:
         Distiller(student, None, Objective(soft=SoftTargets()), sgd).fit(
             [samples().tensors], steps=1, progress=False
         )
+
+
+def test_a_teacher_that_is_false_is_a_teacher() -> None:
+    """An nn.Sequential of no modules has length 0, and gives its inputs."""
+    distiller = Distiller(nn.Linear(4, 4), nn.Sequential(), Objective(soft=SoftTargets()))
+    assert distiller.fit([torch.randn(5, 4)], steps=1, progress=False)[-1]["soft"] > 0
+    with pytest.raises(ValueError, match="an ensemble must have a teacher"):
+        Distiller(nn.Linear(4, 4), [], Objective(soft=SoftTargets()))

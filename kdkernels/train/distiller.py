@@ -122,7 +122,9 @@ class Distiller:
         if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate must be a number of batches >= 1, got {accumulate!r}")
         self.models = dict(student) if isinstance(student, Mapping) else {"student": student}
-        teachers = dict(teacher) if isinstance(teacher, Mapping) else {"teacher": teacher or Stored()}
+        # Not by its truth: an empty nn.Sequential, which gives its inputs, is false, and so is an empty list.
+        given = Stored() if teacher is None else teacher
+        teachers = dict(given) if isinstance(given, Mapping) else {"teacher": given}
         self.teachers = {n: Ensemble(t) if isinstance(t, (list, tuple)) else t for n, t in teachers.items()}
         if objective is not None:
             updates = [Update(objective, optimizer, scheduler, tuple(self.models))]
