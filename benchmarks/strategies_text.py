@@ -37,8 +37,8 @@ def files() -> dict[str, list[Path]]:
             f"{root} holds {len(found)} .py files, and the text is the sources of Python's standard library: "
             "use a Python that has them"
         )
-    parts: dict[str, list[Path]] = {"test": found[::5], "validation": found[1::5], "train": []}
-    parts["train"] = [path for number, path in enumerate(found) if number % 5 > 1]
+    parts: dict[str, list[Path]] = {"test": found[2::5], "validation": found[1::5]}
+    parts["train"] = [path for number, path in enumerate(found) if number % 5 not in (1, 2)]
     return parts
 
 
@@ -50,19 +50,15 @@ def text(part: str) -> Tensor:
     return torch.where(found < MASK, found, UNKNOWN)
 
 
-def masked(part: str, count: int, seed: int, everywhere: bool = False) -> list[dict[str, Tensor]]:
-    """Batches of pieces of text, as many bytes of each masked.
-
-    The masked bytes have soft targets; `everywhere`, all bytes have.
-    """
+def masked(part: str, count: int, seed: int) -> list[dict[str, Tensor]]:
+    """Batches of pieces of text, as many bytes of each masked."""
     given, generator, found = text(part), torch.Generator().manual_seed(seed), []
     for _ in range(count):
         begin = torch.randint(len(given) - LENGTH, (BATCH, 1), generator=generator)
         x = given[begin + torch.arange(LENGTH)]
         where = torch.rand(BATCH, LENGTH, generator=generator).argsort(1)[:, :MASKED]
         labels = torch.full_like(x, -100).scatter(1, where, x.gather(1, where))
-        batch = {"input_ids": x.scatter(1, where, MASK), "labels": labels}
-        found.append({**batch, "mask": torch.ones_like(x).bool()} if everywhere else batch)
+        found.append({"input_ids": x.scatter(1, where, MASK), "labels": labels})
     return found
 
 
@@ -109,19 +105,15 @@ def teacher_of(lab: Lab) -> nn.Module:
 
 
 def language(
-    lab: Lab, seed: int, steps: int, recipe: str, lr: float, *, hard_weight: float = 2.0,
-    intermediate: bool = True, **options: Any,
+    lab: Lab, seed: int, steps: int, recipe: str, lr: float, *, intermediate: bool = True, **options: Any
 ) -> Metrics:  # fmt: skip
     """A student of two layers, by the triple loss or in TinyBERT's two stages."""
     teacher, student = teacher_of(lab), seeded(seed, lambda: bert(2))
     part = "test" if is_test(seed) else "validation"
-    if recipe == "distilbert":
-        # Soft targets and labels are means over all bytes: this makes the labels' one over masked ones.
-        options["hard_weight"] = hard_weight * LENGTH / MASKED
     made = getattr(recipes, recipe)(student, teacher, optimizer=adamw(lr), **options)
     if not intermediate:
         made.stages = made.stages[1:]
-    loader = masked("train", steps, seed=1000 + seed, everywhere=recipe == "distilbert")
+    loader = masked("train", steps, seed=1000 + seed)
     ended = carried_out(made, loader, steps)
     known = lab.teacher(f"text, {part} accuracy", 0, lambda: masked_accuracy(teacher, part))
     return {"accuracy": masked_accuracy(student, part), "teacher_accuracy": known, **ended}

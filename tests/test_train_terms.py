@@ -147,6 +147,45 @@ def test_sequence_to_sequence() -> None:
     assert row["hard"] == pytest.approx(float(expected), rel=1e-5) and row["soft"] > 0
 
 
+def test_soft_targets_of_all_tokens_beside_labels_of_some() -> None:
+    """Masked language modelling: some tokens have a label, all that aren't padding soft targets."""
+    student, teacher = two(bert)
+    batch = text()
+    batch["labels"] = batch["labels"].masked_fill(torch.arange(LENGTH) % 3 != 0, -100)
+    with torch.no_grad():
+        z, v = (
+            m(batch["input_ids"], attention_mask=batch["attention_mask"]).logits for m in (student, teacher)
+        )
+    goals = Objective(soft=SoftTargets(temperature=2.0, over="tokens"), hard=HardLabels())
+    row = Distiller(student, teacher, goals).evaluate([batch])
+    real, labelled = batch["attention_mask"].bool(), batch["labels"] != -100
+    lq, lp = (z[real] / 2).log_softmax(-1), (v[real] / 2).log_softmax(-1)
+    assert row["soft"] == pytest.approx(float(4 * (lp.exp() * (lp - lq)).sum(-1).mean()), rel=1e-5)
+    assert row["hard"] == pytest.approx(
+        float(F.cross_entropy(z[labelled], batch["labels"][labelled])), rel=1e-5
+    )
+
+
+def test_rows_of_sequences_that_all_count() -> None:
+    """Logits [B, S, V] without labels or mask: the mean is over B · S rows, however batches are split."""
+    student, teacher, _ = linears()
+    x = torch.randn(8, 3, 6)
+    expected = kd.kd_loss(student(x), teacher(x).detach()).item()
+    assert value(student, teacher, SoftTargets(), x) == pytest.approx(expected, rel=1e-5)
+    weights = []
+    for size, accumulate in ((8, 1), (2, 4)):
+        student, teacher, _ = linears()
+        Distiller(
+            student,
+            teacher,
+            Objective(soft=SoftTargets()),
+            lambda p: torch.optim.SGD(p, 1.0),
+            accumulate=accumulate,
+        ).fit(list(x.split(size)), steps=1, progress=False)
+        weights.append(student.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
 def linears() -> tuple[nn.Module, nn.Module, Tensor]:
     torch.manual_seed(0)
     return nn.Linear(6, 5), nn.Linear(6, 5), torch.randn(9, 6)

@@ -330,7 +330,8 @@ def distilbert(
 ) -> Plan:
     """The triple loss on a student that begins as every other layer of the teacher.
 
-    5 · T² · KL + 2 · CE of the model's labels (masked or next tokens) + 1 − cos of the last hidden states.
+    5 · T² · KL + 2 · CE of the model's labels (masked or next tokens) + 1 − cos of the last hidden states;
+    CE over tokens with a label, the rest over all that aren't padding.
 
     Args:
         student: A model of `transformers` as wide as the teacher.
@@ -347,7 +348,7 @@ def distilbert(
     Source: Sanh et al., "DistilBERT, a distilled version of BERT", 2019, and its official code.
     """
     terms = {
-        "soft": SoftTargets(temperature=temperature, weight=soft_weight),
+        "soft": SoftTargets(temperature=temperature, weight=soft_weight, over="tokens"),
         "hard": HardLabels(hard_weight),
         "cosine": CosineHidden(weight=cosine_weight),
     }

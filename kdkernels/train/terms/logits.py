@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...divergences import DKD, BinaryKL, LogitMSE
 from ...functional import check_options, kd_loss, kd_loss_with_stats
-from ..objective import Step, Term, Weight
+from ...sources import Head, Logits
+from ..objective import Over, Step, Term, Weight
 from ..outputs import IGNORE_INDEX, detached
 
 
@@ -19,8 +20,10 @@ class _LogitTerm(Term):
 
     soft = True
 
-    def __init__(self, weight: Weight, student: str, teacher: str, options: Mapping[str, Any]) -> None:
-        super().__init__(weight)
+    def __init__(
+        self, weight: Weight, student: str, teacher: str, options: Mapping[str, Any], over: Over = "items"
+    ) -> None:
+        super().__init__(weight, over)
         check_options({name: value for name, value in options.items() if name != "reduction"})
         self.student, self.teacher, self.options = student, teacher, dict(options)
         self.binary = isinstance(self.options.get("divergence"), BinaryKL)
@@ -28,9 +31,9 @@ class _LogitTerm(Term):
 
     @property
     def group(self) -> Any:
-        """Terms of the same student; noise on its logits is in no other term."""
+        """Terms of the same student and rows; noise on its logits is in no other term."""
         noisy = self.options.get("student_noise") is not None
-        return None if noisy else ("logits", self.student, self.binary)
+        return None if noisy else ("logits", self.student, self.over, self.binary)
 
     @classmethod
     def together(
@@ -58,18 +61,31 @@ class _LogitTerm(Term):
         """`kd_loss` of a step."""
         student = step[self.student]["logits"]
         teacher = detached(step[self.teacher]["logits"] if soft_weight else student)
-        labels, mask = None, step.mask
+        mask = step.mask
+        if self.over != "items":
+            given = step.batch.get("attention_mask") if self.over == "tokens" else None
+            mask = None if given is None else given.bool()
+        leading = _leading(student)
+        # Of rows that all count, a batch's part of the mean is that of its samples.
+        items = step.total(self.over) if mask is not None else leading.numel() / step.share(self.over)
+        labels = None
         if hard_weight or isinstance(self.options.get("divergence"), DKD):
             labels = step.labels
             if mask is None:  # rows labelled -100 count, with a soft term
-                leading = labels.shape[:-1] if self.binary else labels.shape
                 if self._all is None or self._all.shape != leading or self._all.device != labels.device:
                     self._all = torch.ones(leading, dtype=torch.bool, device=labels.device)
                 mask = self._all
         return (kd_loss_with_stats if stats else kd_loss)(
             student, teacher, labels, soft_weight=soft_weight, hard_weight=hard_weight, mask=mask,
-            token_weights=step.batch.get("token_weights"), num_items=step.total("items"), **self.options,
+            token_weights=step.batch.get("token_weights"), num_items=items, **self.options,
         )  # fmt: skip
+
+
+def _leading(source: Any) -> torch.Size:
+    """The rows of a source of logits."""
+    if isinstance(source, Head):
+        source = source.hidden
+    return (source.z if isinstance(source, Logits) else source).shape[:-1]
 
 
 class SoftTargets(_LogitTerm):
@@ -81,6 +97,7 @@ class SoftTargets(_LogitTerm):
         weight: A number, or a function of the `Progress`.
         student: The name of the model whose logits get the gradient.
         teacher: The name of the one that gives the targets; a trained model gives them without gradients.
+        over: Its rows: `items` that count, or `tokens`, all that the attention mask has, labelled or not.
         **options: Further options of `kd_loss`, such as `teacher_noise`, `t_squared` or `memory_budget`.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
@@ -94,11 +111,11 @@ class SoftTargets(_LogitTerm):
         *,
         student: str = "student",
         teacher: str = "teacher",
+        over: Over = "items",
         **options: Any,
     ) -> None:
-        super().__init__(
-            weight, student, teacher, {"divergence": divergence, "temperature": temperature, **options}
-        )
+        options |= {"divergence": divergence, "temperature": temperature}
+        super().__init__(weight, student, teacher, options, over)
 
 
 class LogitMatch(SoftTargets):
@@ -121,8 +138,8 @@ class HardLabels(_LogitTerm):
 
     soft = False
 
-    def __init__(self, weight: Weight = 1.0, *, student: str = "student", **options: Any) -> None:
-        super().__init__(weight, student, student, options)
+    def __init__(self, weight: Weight = 1.0, *, student: str = "student") -> None:
+        super().__init__(weight, student, student, {})
         self._seen: Any = None
 
     def see(self, labels: Tensor) -> None:
@@ -157,7 +174,8 @@ class MultiLabel(HardLabels):
     """
 
     def __init__(self, weight: Weight = 1.0, *, student: str = "student") -> None:
-        super().__init__(weight, student=student, divergence=BinaryKL())
+        super().__init__(weight, student=student)
+        self.options, self.binary = {"divergence": BinaryKL()}, True
 
     def see(self, labels: Tensor) -> None:
         """Labels of every class."""
