@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset
 
 import kdkernels as kd
 from kdkernels.train import (
@@ -341,6 +341,119 @@ def test_tied_weights_are_stored_once_and_resumed(tmp_path: Path) -> None:
     assert same(parameters(student), before) and student.a.weight is student.b.weight
 
 
+class Ordered(Sampler[int]):
+    """An order that depends on the epoch, as samplers of several processes have it."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(40, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+    def __len__(self) -> int:
+        return 40
+
+
+class Epochs(DataLoader[Any]):
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+
+
+LOADERS: dict[str, Any] = {
+    "shuffled": lambda: DataLoader(samples(), 10, shuffle=True),
+    "a generator": lambda: DataLoader(
+        samples(), 10, shuffle=True, generator=torch.Generator().manual_seed(4)
+    ),
+    "set_epoch": lambda: Epochs(samples(), 10, sampler=Ordered()),
+    "workers": lambda: DataLoader(samples(), 10, shuffle=True, num_workers=1),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("stop", [4, 6], ids=["at an epoch's end", "within an epoch"])
+def test_loaders_that_are_resumed(kind: str, stop: int, tmp_path: Path) -> None:
+    """Stopped, run again when it has finished, and resumed by a longer fit: the same as that alone."""
+
+    def run(steps: int, folder: Path | None, resume: bool = False) -> list[Tensor]:
+        student, teacher = pair(dropout=0.3)
+        distiller = Distiller(student, teacher, Objective(soft=SoftTargets()), sgd, folder=folder)
+        if resume:
+            assert distiller.resume()
+        else:
+            torch.manual_seed(1)
+        distiller.fit(LOADERS[kind](), steps=steps, progress=False)
+        return parameters(student)
+
+    whole = run(9, None)
+    run(stop, tmp_path)
+    run(stop, tmp_path, resume=True)
+    assert same(run(9, tmp_path, resume=True), whole)
+
+
+def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    """The tree is read as what it is, and a wrong one is an error that says so."""
+    import json
+
+    distiller = Distiller(*pair(), Objective(soft=SoftTargets()), sgd)
+    distiller.save(tmp_path / "it")
+    state = tmp_path / "it" / "state.json"
+    good = json.loads(state.read_text())
+    for tree in (
+        {"type": "collections.defaultdict", "context": "antigravity", "children_spec": []},
+        {"dict": [["models", {"tensor": "nowhere"}]]}, {"dict": 3}, {"a": 1, "b": 2}, [], None, {"dict": []},
+    ):  # fmt: skip
+        state.write_text(json.dumps({**good, "tree": tree}))
+        with pytest.raises(ValueError, match=r"not a checkpoint that can be read|doesn't fit these models"):
+            distiller.resume(tmp_path / "it")
+
+
+def test_a_folder_of_another_fit_is_refused(tmp_path: Path) -> None:
+    Distiller(*pair(), objective(), sgd, folder=tmp_path).fit([samples().tensors], steps=3, progress=False)
+    with pytest.raises(
+        ValueError, match=r"holds step-00000003 of another fit: resume\(\) it, or name another"
+    ):
+        Distiller(*pair(), objective(), sgd, folder=tmp_path).fit(
+            [samples().tensors], steps=2, progress=False
+        )
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found(tmp_path: Path) -> None:
+    Distiller(*pair(), objective(), sgd, folder=tmp_path).fit([samples().tensors], steps=3, progress=False)
+    (tmp_path / "step-00000003").rename(tmp_path / "step-00000003.old")
+    assert Distiller(*pair(), objective(), sgd, folder=tmp_path).resume()
+
+
+SCHEDULERS: dict[str, Any] = {
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "MultiStepLR": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 4]),
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "SequentialLR": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.lr_scheduler.CosineAnnealingLR(o, 5)], [2]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_schedulers_and_late_projectors_are_resumed(kind: str, tmp_path: Path) -> None:
+    def run(folder: Path | None, steps: int) -> tuple[list[Tensor], float]:
+        student, teacher = pair()
+        torch.manual_seed(2)
+        distiller = Distiller(
+            student, teacher, objective(), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), SCHEDULERS[kind],
+            folder=folder,
+        )  # fmt: skip
+        if folder is not None:
+            distiller.resume()
+        distiller.fit([samples().tensors], steps=steps, progress=False, log_every=1)
+        return parameters(student), distiller.history[-1]["lr"]
+
+    run(tmp_path, 3)
+    cut, whole = run(tmp_path, 6), run(None, 6)
+    assert same(cut[0], whole[0]) and cut[1] == whole[1] != 0.1
+
+
 # Ends, records
 
 
@@ -385,7 +498,7 @@ def test_what_a_fit_leaves(tmp_path: Path) -> None:
         log_every=2,
         progress=False,
     )
-    assert seen == {"on_step": 8, "on_evaluation": 2, "on_checkpoint": 3}
+    assert seen == {"on_step": 8, "on_evaluation": 2, "on_checkpoint": 2}
     text = (tmp_path / "history.csv").read_text().splitlines()
     assert {"step", "loss", "soft", "hard", "hint", "eval/loss", "items_per_second", "lr"} <= set(
         text[0].split(",")
@@ -421,6 +534,75 @@ def test_trackers_are_accelerates() -> None:
     distiller = Distiller(student, teacher, objective(), sgd, accelerator=Accelerator(log_with=Tracker()))
     distiller.fit(DataLoader(samples(), 10), steps=4, log_every=2, progress=False)
     assert [step for _, step in logged] == [2, 4] and {"loss", "soft", "hint", "lr"} <= logged[0][0].keys()
+
+
+def test_an_evaluation_that_is_nan_is_not_the_best() -> None:
+    student, teacher = pair()
+    values = iter([math.nan, 3.0, 2.0, 5.0])
+    metrics = {"m": Function(lambda step: torch.tensor(next(values)))}
+    distiller = Distiller(student, teacher, Objective(soft=SoftTargets()), sgd, metrics=metrics)
+    loader = [samples().tensors]
+    distiller.fit(loader, epochs=4, eval_loader=loader, monitor="m", patience=3, progress=False)
+    assert distiller.best == 2.0
+
+
+def test_evaluating_changes_no_fit() -> None:
+    """What it draws, an order or noise, is not drawn from the fit."""
+    results = []
+    for every in (None, 1):
+        student, teacher = pair(dropout=0.3)
+        torch.manual_seed(1)
+        goals = Objective(soft=SoftTargets(teacher_noise=kd.LogitNoise(0.5)))
+        Distiller(student, teacher, goals, sgd).fit(
+            DataLoader(samples(), 10, shuffle=True), steps=6, progress=False, eval_every=every,
+            eval_loader=None if every is None else DataLoader(samples(), 10, shuffle=True),
+        )  # fmt: skip
+        results.append(parameters(student))
+    assert same(*results)
+
+
+def test_one_scheduler_function_is_for_every_optimizer() -> None:
+    a, b = pair()
+    goals = Objective(a=SoftTargets(student="a", teacher="b"), b=SoftTargets(student="b", teacher="a"))
+    distiller = Distiller({"a": a, "b": b}, None, goals, [sgd, sgd], SCHEDULERS["LambdaLR"])
+    distiller.fit([samples().tensors], steps=2, progress=False)
+    assert [o.param_groups[0]["lr"] for o in distiller.updates[0].optimizer] == [
+        pytest.approx(0.5 * 0.81)
+    ] * 2
+
+
+def test_a_stream_has_no_length() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(zip(*samples().tensors, strict=True))
+
+    student, teacher = pair()
+    distiller = Distiller(student, teacher, objective(), sgd)
+    distiller.fit(DataLoader(Stream(), 10), steps=6, progress=False)
+    assert (distiller.progress.step, distiller.progress.epoch) == (6, 1)
+
+
+def test_mixed_precision_and_heads() -> None:
+    """Logits of bfloat16, and heads of float32 weights under autocast: about what float32 learns."""
+    from accelerate.state import AcceleratorState
+
+    losses = []
+    for precision, head in (("no", False), ("bf16", False), ("bf16", True)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        student, teacher = pair()
+
+        def call(model: Any, batch: Any, head: bool = head) -> Any:
+            x = batch["inputs"]
+            return kd.Head(model[:3](x), model[3].weight, model[3].bias) if head else model(x)
+
+        distiller = Distiller(
+            student, teacher, Objective(soft=SoftTargets(), hard=HardLabels()), sgd, adaptor=Adaptor(call),
+            accelerator=Accelerator(mixed_precision=precision),
+        )  # fmt: skip
+        distiller.fit(DataLoader(samples(), 10), steps=8, progress=False)
+        losses.append(distiller.evaluate(DataLoader(samples(), 10))["loss"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses[1:] == [pytest.approx(losses[0], rel=0.03)] * 2
 
 
 def test_a_callback_ends_a_fit() -> None:
@@ -620,6 +802,8 @@ def once() -> Iterator[Any]:
         (lambda s, t: Distiller({"teacher": s}, t, objective()), ValueError, "a student and of a teacher"),
         (lambda s, t: Distiller(s, t, updates=[Update(objective(), trains=("x",))]), ValueError, "trains"),
         (lambda s, t: Objective(), ValueError, "must have a term"),
+        (lambda s, t: Distiller(s, t, Objective(loss=SoftTargets())), ValueError, "loss would name"),
+        (lambda s, t: Distiller(s, t, objective(), metrics={"soft": accuracy}), ValueError, "soft would"),
         (lambda s, t: Objective(soft=3), TypeError, "term soft must be a Term or a function"),  # type: ignore[arg-type]
         (lambda s, t: SoftTargets(weight="1"), TypeError, "weight must be a number"),  # type: ignore[arg-type]
         (lambda s, t: SoftTargets(temperature=-1.0), ValueError, "temperature must be > 0"),
@@ -651,6 +835,7 @@ def goal(function: Any) -> Objective:
         (fit_one(), ValueError, "steps or epochs"),
         (fit_one(steps=1, epochs=1), ValueError, "steps or epochs"),
         (fit_one(steps=0), ValueError, ">= 1"),
+        (fit_one(steps=1, eval_every=0), ValueError, ">= 1"),
         (fit_one(steps=1, loader=[3]), TypeError, "a batch must be .*got int"),
         (fit_one(steps=1, objective=goal(lambda s: s["other"].logits.sum())), KeyError, "no model 'other'"),
         (fit_one(steps=1, objective=goal(lambda s: s.student.hidden)), KeyError, "gave no 'hidden'"),

@@ -131,6 +131,12 @@ def test_soft_and_hard_terms_of_language_models(family: str) -> None:
     unlabelled = {k: v for k, v in batch.items() if k != "labels"}
     alone = value(student, teacher, SoftTargets(temperature=2.0), unlabelled)
     assert alone == pytest.approx(float(soft), rel=1e-5)  # the attention mask says the same
+    whole = value(student, teacher, SoftTargets(temperature=2.0), {"input_ids": batch["input_ids"]})
+    with torch.no_grad():
+        z, v = (model(batch["input_ids"]).logits for model in (student, teacher))
+    if family in CAUSAL:
+        z, v = z[:, :-1], v[:, :-1]
+    assert whole == pytest.approx(kd.kd_loss(z, v, temperature=2.0).item(), rel=1e-5)
 
 
 def test_sequence_to_sequence() -> None:
@@ -184,6 +190,40 @@ def test_rows_of_sequences_that_all_count() -> None:
         ).fit(list(x.split(size)), steps=1, progress=False)
         weights.append(student.weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_and_weights_of_tokens_are_shifted_with_their_labels() -> None:
+    student, teacher = two(gpt2)
+    batch = text()
+    weights = torch.rand(4, LENGTH)
+    given = {**batch, "mask": batch["attention_mask"].bool(), "token_weights": weights}
+    with torch.no_grad():
+        z, v = (
+            m(batch["input_ids"], attention_mask=batch["attention_mask"]).logits for m in (student, teacher)
+        )
+    expected = kd.kd_loss(
+        z[:, :-1], v[:, :-1], mask=given["mask"][:, 1:], token_weights=weights[:, 1:], temperature=2.0
+    )
+    assert value(student, teacher, SoftTargets(temperature=2.0), given) == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+
+
+def test_what_rows_of_a_models_logits_are() -> None:
+    """By the names of classes; of those that generate from a condition, by their configuration."""
+    from types import SimpleNamespace
+
+    from kdkernels.train.outputs import _kind
+
+    def kind(name: str, **config: Any) -> str:
+        model = type(name, (nn.Module,), {})()
+        model.config = SimpleNamespace(**config)
+        return _kind(model)
+
+    assert kind("LlavaForConditionalGeneration", is_encoder_decoder=False) == "causal"
+    assert kind("BartForConditionalGeneration", is_encoder_decoder=True) == "tokens"
+    assert kind("XLNetLMHeadModel") == "tokens" and kind("GPT2LMHeadModel") == "causal"
+    assert kind("BertForSequenceClassification") == "samples"
 
 
 def linears() -> tuple[nn.Module, nn.Module, Tensor]:
@@ -415,6 +455,24 @@ def test_attention_scores_term() -> None:
             per_token += off.mean((0, 2)).tolist()
         expected += sum(per_token) / len(per_token)
     assert value(student, teacher, term, batch) == pytest.approx(expected, rel=1e-4)
+
+
+def test_attention_scores_of_a_causal_model_are_those_it_attends_to() -> None:
+    """Two terms of the same model, too."""
+    student, teacher = two(llama)
+    batch = text()
+    scores = []
+    for model in (student, teacher):
+        with AttentionScores().around("student", model) as found:
+            hidden(model, batch)
+        scores.append(found["attention_scores"])
+    per_token = []
+    for n, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        off = (scores[0][0][n] - scores[1][1][n]).pow(2).mean(0)
+        per_token += [float(off[t, : t + 1].mean()) for t in range(length)]
+    goals = Objective(a=AttentionScores([(0, 1)]), b=AttentionScores([(0, 1)]))
+    row = Distiller(student, teacher, goals).evaluate([batch])
+    assert row["a"] == row["b"] == pytest.approx(sum(per_token) / len(per_token), rel=1e-4)
 
 
 def test_token_terms_accumulate_by_tokens() -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 VERSION = 1
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
@@ -27,9 +26,7 @@ def save(folder: Path, tree: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     known: dict[Any, str] = {}
-    leaves, spec = pytree.tree_flatten_with_path(tree)
-    plain = [_leaf(pytree.keystr(path), leaf, tensors, known) for path, leaf in leaves]
-    document = {"version": VERSION, "leaves": plain, "tree": json.loads(pytree.treespec_dumps(spec))}
+    document = {"version": VERSION, "tree": _packed("", tree, tensors, known)}
     partial, old = (folder.with_name(folder.name + end) for end in (".partial", ".old"))
     for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
@@ -59,14 +56,16 @@ def load(folder: Path) -> Any:
         if document["version"] != VERSION:
             raise ValueError(f"it is of version {document['version']}, and this reads {VERSION}")
         tensors = load_file(folder / _TENSORS)
-        leaves = [tensors[x["tensor"]] if isinstance(x, dict) else x for x in document["leaves"]]
-        return pytree.tree_unflatten(leaves, pytree.treespec_loads(json.dumps(document["tree"])))
+        return _unpacked(document["tree"], tensors)
     except Exception as error:
         raise ValueError(f"{folder} is not a checkpoint that can be read: {error}") from error
 
 
 def steps(root: Path) -> list[Path]:
     """Checkpoints in a folder of them, the newest last."""
+    for aside in root.glob("step-*.old"):  # where a process ended between the two renames of `save`
+        if not aside.with_suffix("").exists():
+            aside.rename(aside.with_suffix(""))
     found = [p for p in root.glob("step-*") if p.name[5:].isdigit() and (p / _STATE).is_file()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
@@ -94,8 +93,17 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _leaf(where: str, x: Any, tensors: dict[str, Tensor], known: dict[Any, str]) -> Any:
-    """As JSON has it; tensors go aside, one that is there twice once, and have memory of their own."""
+def _packed(where: str, x: Any, tensors: dict[str, Tensor], known: dict[Any, str]) -> Any:
+    """As JSON has it: {"dict": pairs}, {"tuple": items}, {"tensor": name}, lists and plain values.
+
+    Tensors go aside, one that is there twice once, and have memory of their own.
+    """
+    if isinstance(x, dict):
+        pairs = [[k, _packed(f"{where}.{k}".lstrip("."), v, tensors, known)] for k, v in x.items()]
+        return {"dict": pairs}
+    if isinstance(x, (tuple, list)):
+        items = [_packed(f"{where}.{n}", v, tensors, known) for n, v in enumerate(x)]
+        return {"tuple": items} if isinstance(x, tuple) else items
     if isinstance(x, np.generic):
         x = x.item()
     if x is None or isinstance(x, (bool, int, float, str)):
@@ -114,6 +122,21 @@ def _leaf(where: str, x: Any, tensors: dict[str, Tensor], known: dict[Any, str])
         known[key] = known[storage.data_ptr()] = where
         tensors[where] = kept
     return {"tensor": known[key]}
+
+
+def _unpacked(x: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(x, list):
+        return [_unpacked(v, tensors) for v in x]
+    if not isinstance(x, dict):
+        return x
+    ((kind, value),) = x.items()
+    if kind == "tensor":
+        return tensors[value]
+    return (
+        tuple(_unpacked(v, tensors) for v in value)
+        if kind == "tuple"
+        else {k: _unpacked(v, tensors) for k, v in value}
+    )
 
 
 def _to_disk(path: Path) -> None:

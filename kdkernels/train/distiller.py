@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -56,6 +56,11 @@ class Update:
     scheduler: Any = None
     trains: tuple[str, ...] = ("student",)
     name: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """Of its figures."""
+        return f"{self.name}/" if self.name else ""
 
 
 class _Given(NamedTuple):
@@ -133,15 +138,18 @@ class Distiller:
         self.metrics = {n: m if isinstance(m, Term) else Function(m) for n, m in (metrics or {}).items()}
         self.callbacks, self.folder = list(callbacks), None if folder is None else Path(folder)
         self._check()
-        self.accelerator = accelerator or Accelerator()
+        # A stage of a strategy may leave parameters unused.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = accelerator or Accelerator(kwargs_handlers=[unused])
         self.progress, self.history = Progress(), []  # type: Progress, list[Row]
         self.best: float | None = None
-        self._worse = 0
+        self._worse, self._monitor, self._saved = 0, "", -1
         self._ready: dict[str, nn.Module] = {}
         self._captures: dict[str, Capture] = {}
         self._loaders: dict[tuple[int, bool], tuple[Any, Any]] = {}
         self._epoch_start: Any = None
         self._restart: Any = None
+        self._generators: list[torch.Generator] = []
 
     def _check(self) -> None:
         for name, model in self.models.items():
@@ -154,6 +162,13 @@ class Distiller:
                 raise TypeError(f"objective must be an Objective, got {type(update.objective).__name__}")
             if not update.trains or not {*update.trains} <= {*self.models}:
                 raise ValueError(f"trains must name some of {', '.join(self.models)}, got {update.trains}")
+        names = [u.prefix + name for u in self.updates for name in (*u.objective.terms, "loss")]
+        names += self.metrics
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(
+                f"{', '.join(twice)} would name several figures: terms, metrics and 'loss' need names of "
+                "their own, and several updates, too"
+            )
 
     # Preparation
 
@@ -183,11 +198,13 @@ class Distiller:
         prepared = iter(ready[len(self.models) :])
         for update in self.updates:
             update.optimizer = [next(prepared) for _ in update.optimizer]
-            given = update.scheduler if isinstance(update.scheduler, (list, tuple)) else [update.scheduler]
+            given = update.scheduler
+            if not isinstance(given, (list, tuple)):
+                given = [given] * len(update.optimizer) if callable(given) else [given]
             pairs = zip(given, update.optimizer, strict=False)
             update.scheduler = [s(o.optimizer) if callable(s) else s for s, o in pairs if s is not None]
-        self._ready = dict(zip(self.models, ready, strict=False))
-        everyone = self._ready | {n: t for n, t in self.teachers.items() if isinstance(t, nn.Module)}
+        models_ready = dict(zip(self.models, ready, strict=False))
+        everyone = models_ready | {n: t for n, t in self.teachers.items() if isinstance(t, nn.Module)}
         for name in dict.fromkeys(n for term in self._terms() for n in term.captures):
             if name not in everyone:
                 raise ValueError(f"a term captures modules of {name!r}; there are {', '.join(everyone)}")
@@ -201,6 +218,7 @@ class Distiller:
         self._recorders = [t for t in self._terms() if type(t).around is not Term.around]
         students = {m for model in self.models.values() for m in model.modules()}
         self._shared = {m for m in self._modules if not students.isdisjoint(m.modules())}
+        self._ready = models_ready
 
     def _terms(self) -> list[Any]:
         return [term for update in self.updates for term in update.objective.terms.values()]
@@ -213,9 +231,8 @@ class Distiller:
             optimizer = update.optimizer[0].optimizer
             known = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if new := [p for p in extra if id(p) not in known]:
-                optimizer.add_param_group({"params": new})
-                for p in new if self.accelerator.num_processes > 1 else ():
-                    torch.distributed.broadcast(p.data, 0)
+                # A group of their own would be one that the schedulers don't know.
+                optimizer.param_groups[0]["params"] += new
         return extra
 
     # One step
@@ -233,9 +250,10 @@ class Distiller:
             if name in self._ready:
                 outputs = self.adaptor(model, raw, self._wants[name])
             else:
-                if self.accelerator.mixed_precision != "no":
-                    stack.enter_context(self.accelerator.autocast())
-                known[name] = outputs = ask(model, raw, self.adaptor, self._wants[name], self._shared)
+                outputs = ask(model, raw, self.adaptor, self._wants[name], self._shared)
+                # For the next update of this step, before which a shared teacher changes.
+                if len(self.updates) > 1 and not self._shared:
+                    known[name] = outputs
         for more in (*found, *([self._captures[name].take()] if name in self._captures else [])):
             outputs.update(more)
         outputs.of = name
@@ -261,12 +279,14 @@ class Distiller:
         """One optimizer step; gives the values of the terms, still on the device."""
         accelerator, row, given = self.accelerator, {}, self._given(raws)  # type: Accelerator, Row, list[_Given]
         for update in self.updates:
-            prefix = f"{update.name}/" if update.name else ""
+            prefix = update.prefix
             for n, step in enumerate(self._seen(update, given, update.trains)):
                 last = n == len(raws) - 1
                 with ExitStack() as stack:
                     for name in update.trains if not last else ():
                         stack.enter_context(accelerator.no_sync(self._ready[name]))
+                    if accelerator.mixed_precision != "no":
+                        stack.enter_context(accelerator.autocast())
                     if grad_norms and last:
                         row.update(self._grad_norms(step, update, prefix))
                     loss, values = update.objective(step)
@@ -292,10 +312,15 @@ class Distiller:
                 accelerator.clip_grad_norm_([*trained, *extra], self.clip)
             for optimizer in update.optimizer:
                 (optimizer.optimizer if self._plain else optimizer).step()
-                optimizer.optimizer.zero_grad()
+            self._zero_grad(update)
             for scheduler in update.scheduler:
                 scheduler.step()
         return row
+
+    def _zero_grad(self, update: Update) -> None:
+        """Of all that is trained, so that nothing piles up in what no optimizer has."""
+        for module in (*(self.models[name] for name in update.trains), update.objective):
+            module.zero_grad()
 
     def _check_finite(self, values: Mapping[str, Any], batch: int) -> None:
         figures = {name: float(value) for name, value in values.items()}
@@ -361,12 +386,24 @@ class Distiller:
             ValueError: Nothing to do, a loader that yields nothing, a figure to monitor that isn't there.
             NonFiniteLoss: A loss was NaN or infinite.
         """
-        numbers = {"steps": steps, "epochs": epochs, "log_every": log_every, "keep": keep}
-        if (steps is None) == (epochs is None) or any(n is not None and n < 1 for n in numbers.values()):
-            raise ValueError(f"fit takes steps or epochs, and numbers >= 1, got {numbers}")
+        numbers = {
+            "steps": steps, "epochs": epochs, "eval_every": eval_every, "save_every": save_every,
+            "keep": keep, "patience": patience, "log_every": log_every,
+        }  # fmt: skip
+        wrong = [n for n in numbers.values() if n is not None and (not isinstance(n, int) or n < 1)]
+        if (steps is None) == (epochs is None) or wrong:
+            raise ValueError(f"fit takes steps or epochs, and integers >= 1, got {numbers}")
+        if self.folder is not None and (there := checkpoint.steps(self.folder)):
+            if int(there[-1].name[5:]) > self.progress.step:
+                raise ValueError(
+                    f"{self.folder} holds {there[-1].name} of another fit: resume() it, or name another"
+                )
         self._prepare()
         loader, now = self._sharded(loader), self.progress
-        length = -(-len(loader) // self.accumulate) if isinstance(loader, Sized) else None
+        try:
+            length: int | None = -(-len(loader) // self.accumulate)  # type: ignore[arg-type]
+        except TypeError:  # a stream
+            length = None
         goal = steps if epochs is None else epochs * length if length else None
         pace = _Pace(self)
 
@@ -382,7 +419,7 @@ class Distiller:
             if eval_loader is not None and evaluates:
                 stop = self._evaluated(self.evaluate(eval_loader), monitor, maximize, patience)
             if self.folder is not None and saves:
-                self._keep(keep)
+                stop |= self._keep(keep)
             if evaluates or saves:
                 pace.clear()
             return stop
@@ -400,7 +437,11 @@ class Distiller:
             stack.callback(self._draw)
             shown = progress and self.accelerator.is_main_process
             pace.bar = stack.enter_context(tqdm(total=goal, initial=now.step, unit="step", disable=not shown))
-            stop = False
+            for update in self.updates:
+                self._zero_grad(update)
+            if monitor != self._monitor:
+                self.best, self._worse, self._monitor = None, 0, monitor
+            stop = patience is not None and self._worse >= patience
             while not stop and not finished():
                 for raws in self._groups(loader):
                     now.fraction = now.step / goal if goal else 0.0
@@ -421,13 +462,14 @@ class Distiller:
             done = [row for row in self.history if row["step"] == now.step and f"eval/{monitor}" in row]
             if eval_loader is not None and not done:
                 self._evaluated(self.evaluate(eval_loader), monitor, maximize, patience)
-            if self.folder is not None:
+            if self.folder is not None and self._saved != now.step:
                 self._keep(keep)
         return self.history
 
     def _sharded(self, loader: Iterable[Any], even: bool = True) -> Iterable[Any]:
         """A `DataLoader` over processes; not `even`, no sample is there twice to make their shares equal."""
-        if not isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
+        alone = self.accelerator.num_processes == 1  # and nothing reads ahead
+        if alone or not isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
             return loader
         key = id(loader), even
         if (
@@ -445,24 +487,32 @@ class Distiller:
 
     def _groups(self, loader: Iterable[Any]) -> Iterator[list[Batch]]:
         """Batches of an optimizer step at a time, from where a resumed fit was."""
-        generators = _generators(loader)
+        self._generators = _generators(loader)
         restart, self._restart = self._restart, None
-        if restart is not None and restart["epoch_start"] is not None:
-            self._epoch_start = restart["epoch_start"]
-            checkpoint.set_random_state(self._epoch_start["random"])
-            for generator, state in zip(generators, self._epoch_start["generators"], strict=False):
-                generator.set_state(state)
-        else:
+        if restart is None:
             self.progress.batch = 0  # an earlier fit may have ended within an epoch
-            states = [generator.get_state() for generator in generators]
-            self._epoch_start = {"random": checkpoint.random_state(), "generators": states}
+        else:
+            self._set_state(restart["epoch_start"] or restart["now"])
+        self._epoch_start = self._state()
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(self.progress.epoch)
         batches = iter(loader)
-        if restart is not None:
+        if restart is not None and restart["epoch_start"]:
             for _ in islice(batches, self.progress.batch):
                 pass
-            checkpoint.set_random_state(restart["random"])
+            checkpoint.set_random_state(restart["now"]["random"])
         while group := list(islice(batches, self.accumulate)):
             yield [self._placed(raw) for raw in group]
+
+    def _state(self) -> dict[str, Any]:
+        """Of all random generators, those of the loader too."""
+        states = [generator.get_state() for generator in self._generators]
+        return {"random": checkpoint.random_state(), "generators": states}
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        checkpoint.set_random_state(state["random"])
+        for generator, its in zip(self._generators, state["generators"], strict=False):
+            generator.set_state(its)
 
     def _placed(self, raw: Any) -> Batch:
         """A batch by names, on the device."""
@@ -482,13 +532,18 @@ class Distiller:
         try:
             with ExitStack() as stack:
                 stack.enter_context(evaluating([*self.models.values(), *self._modules]))
+                cuda = self.accelerator.device.type == "cuda"
+                # What is drawn here, of noise or an order, is not drawn from a fit.
+                stack.enter_context(torch.random.fork_rng([self.accelerator.device] if cuda else []))
+                if self.accelerator.mixed_precision != "no":
+                    stack.enter_context(self.accelerator.autocast())
                 for capture in self._captures.values():
                     stack.enter_context(capture)
                 for raw in self._sharded(loader, even=False):
                     given = self._given([self._placed(raw)])
                     for update in self.updates:
                         (step,) = self._seen(update, given, ())
-                        prefix = f"{update.name}/" if update.name else ""
+                        prefix = update.prefix
                         for name, (part, value) in update.objective.parts(step).items():
                             term: Any = update.objective.terms[name]
                             n = float(count(step.batch, term.over))
@@ -509,7 +564,8 @@ class Distiller:
     def _evaluated(self, row: Row, monitor: str, maximize: bool, patience: int | None) -> bool:
         if monitor not in row:
             raise ValueError(f"monitor must be one of {', '.join(row)}, got {monitor!r}")
-        better = self.best is None or (row[monitor] > self.best if maximize else row[monitor] < self.best)
+        figure, best = (x if maximize else -x for x in (row[monitor], self.best or 0.0))
+        better = not math.isnan(figure) and (self.best is None or figure > best)
         self._worse = 0 if better else self._worse + 1
         self.record({f"eval/{name}": value for name, value in row.items()})
         if better:
@@ -522,7 +578,8 @@ class Distiller:
 
     def record(self, row: Row) -> None:
         """Adds a row of figures to the history and the trackers."""
-        self.history.append({"step": self.progress.step, "epoch": self.progress.epoch, **row})
+        figures = {name: x if isinstance(x, str) else float(x) for name, x in row.items()}
+        self.history.append({"step": self.progress.step, "epoch": self.progress.epoch, **figures})
         if self.accelerator.trackers:
             self.accelerator.log(row, step=self.progress.step)
 
@@ -536,16 +593,17 @@ class Distiller:
     def _call(self, event: str, argument: Any) -> bool:
         return any([getattr(c, event)(self, argument) is True for c in self.callbacks if hasattr(c, event)])
 
-    def _keep(self, keep: int) -> None:
-        """A checkpoint in the folder, and no more than so many."""
+    def _keep(self, keep: int) -> bool:
+        """A checkpoint in the folder, and no more than so many; whether a callback ends the fit."""
         assert self.folder is not None
+        self._saved = self.progress.step
         path = self.folder / f"step-{self.progress.step:08d}"
         self.save(path)
         if self.accelerator.is_main_process:
             write_history(self.folder / "history.csv", self.history)
             for old in checkpoint.steps(self.folder)[:-keep]:
                 shutil.rmtree(old)
-        self._call("on_checkpoint", path)
+        return self._call("on_checkpoint", path)
 
     def save(self, path: str | Path) -> None:
         """Writes a checkpoint, a folder of safetensors and JSON that is there whole or not at all.
@@ -565,11 +623,12 @@ class Distiller:
                 }
                 for u in self.updates
             ],
-            "progress": asdict(self.progress), "best": self.best, "worse": self._worse,
+            "progress": asdict(self.progress),
+            "best": self.best, "worse": self._worse, "monitor": self._monitor,
             "history": json.dumps(self.history),
             "scaler": None if scaler is None else scaler.state_dict(),
             "processes": gather_object(
-                [{"random": checkpoint.random_state(), "epoch_start": self._epoch_start}]
+                [self._restart or {"now": self._state(), "epoch_start": self._epoch_start}]
             ),
         }  # fmt: skip
         if accelerator.is_main_process:
@@ -611,13 +670,15 @@ class Distiller:
             if state["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self._restart = state["processes"][self.accelerator.process_index]
-        except (RuntimeError, ValueError, LookupError) as error:
+            checkpoint.set_random_state(self._restart["now"]["random"])
+            self.best, self._worse, self._monitor = state["best"], state["worse"], state["monitor"]
+            self.history = json.loads(state["history"])
+            vars(self.progress).update(state["progress"])
+            self._saved = self.progress.step
+        except Exception as error:
             raise ValueError(
                 f"{path} doesn't fit these models, objective, optimizers or processes: {error}"
             ) from error
-        vars(self.progress).update(state["progress"])
-        self.best, self._worse, self.history = state["best"], state["worse"], json.loads(state["history"])
-        checkpoint.set_random_state(self._restart["random"])
         return True
 
     def export(self, path: str | Path, model: str = "student") -> None:
@@ -672,8 +733,15 @@ def _made(given: Any, models: Sequence[nn.Module]) -> list[Any]:
     """Optimizers: as given, or made, one for all models or one for each."""
     each = [[p for p in m.parameters() if p.requires_grad] for m in models]
     if isinstance(given, (list, tuple)):
+        if len(given) != len(models):
+            raise ValueError(
+                f"optimizer must be one, or one for each of {len(models)} models, got {len(given)}"
+            )
         return [o(p) if callable(o) else o for o, p in zip(given, each, strict=True)]
-    return [given([p for some in each for p in some])] if callable(given) else [given]
+    made = given(list(dict.fromkeys(p for some in each for p in some))) if callable(given) else given
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, or a function that makes one, got {made!r}")
+    return [made]
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -681,5 +749,7 @@ def _generators(loader: Any) -> list[torch.Generator]:
     places = [loader, getattr(loader, "base_dataloader", None)]
     for name in ("sampler", "batch_sampler", "sampler", "batch_sampler"):
         places += [getattr(place, name, None) for place in places]
-    found = [g for place in places if isinstance(g := getattr(place, "generator", None), torch.Generator)]
+    names = ("generator", "synchronized_generator")
+    own = [getattr(place, name, None) for place in places for name in names]
+    found = [g for g in own if isinstance(g, torch.Generator)]
     return list({id(g): g for g in found}.values())

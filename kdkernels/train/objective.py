@@ -117,6 +117,8 @@ def count(batch: Batch, over: Over) -> Any:
         return batch["mask"].sum()
     if over == "tokens" and isinstance(mask := batch.get("attention_mask"), Tensor):
         return mask.sum()
+    if over == "tokens" and isinstance(ids := batch.get("input_ids"), Tensor):
+        return ids.numel()
     first = next((x for x in batch.values() if isinstance(x, Tensor) and x.dim()), None)
     if first is None:
         raise ValueError("a batch must hold a tensor with a dimension of samples, to be counted")

@@ -20,6 +20,10 @@ IGNORE_INDEX = -100
 Batch = dict[str, Any]
 
 
+class MissingOutput(KeyError, AttributeError):
+    """A name that a model's outputs don't have."""
+
+
 class Outputs(dict[str, Any]):
     """The named tensors of a model's forward pass, and what was captured in it.
 
@@ -30,7 +34,7 @@ class Outputs(dict[str, Any]):
     of = "model"
 
     def __missing__(self, name: str) -> Any:
-        raise KeyError(
+        raise MissingOutput(
             f"the {self.of} gave no {name!r}, only {', '.join(map(repr, self)) or 'nothing'}: let the "
             "adaptor name it, or capture a module by its name"
         )
@@ -74,10 +78,10 @@ class Adaptor:
     makes no loss of its own; any other gets `batch["inputs"]`, or every entry by name where there is none.
     A tensor that comes back is `logits`; so is the first of a tuple; a mapping keeps its names.
 
-    Labels of a causal LM are shifted here, once, to the logits that predict them. Rows that count are
-    `batch["mask"]` where given; else, of labels for each token, those that aren't -100; else, for a language
-    model without labels, the attention mask; else all samples, those labelled -100 too, which have a soft
-    term and no hard one.
+    Of a causal LM `labels`, `mask` and `token_weights`, which are the tokens', are shifted here, once, to the
+    logits that predict them. Rows that count are `batch["mask"]` where given; else, of labels for each token,
+    those that aren't -100; else, for a language model without labels, the attention mask; else all, those of
+    samples labelled -100 too, which have a soft term and no hard one.
 
     Args:
         call: Instead of all this, `call(model, batch) -> outputs`; what it returns is named as above.
@@ -91,11 +95,14 @@ class Adaptor:
 
     def prepare(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with labels that stand beside their logits, and the mask of rows that count, or None."""
-        kind = _kind(type(unwrap(model)).__name__)
-        labels, mask = batch.get("labels"), batch.get("mask")
+        kind = _kind(unwrap(model))
+        labels, mask, weights = batch.get("labels"), batch.get("mask"), batch.get("token_weights")
         shift = kind == "causal" if self.shift is None else self.shift
-        if shift and labels is not None:
-            labels = shift_labels(labels)
+        if shift:
+            labels, mask, weights = (
+                None if x is None else shift_labels(x, fill)
+                for x, fill in ((labels, IGNORE_INDEX), (mask, False), (weights, 0))
+            )
         if (
             mask is None
             and isinstance(labels, Tensor)
@@ -103,11 +110,14 @@ class Adaptor:
             and not labels.is_floating_point()
         ):
             mask = labels != IGNORE_INDEX
-        elif mask is None and labels is None and kind != "samples" and "attention_mask" in batch:
-            mask = batch["attention_mask"].bool()
-            if shift:
-                mask = mask & shift_labels(mask, False)
-        return {**batch, "labels": labels, "mask": mask}
+        elif mask is None and labels is None and kind != "samples":
+            side = "decoder_" if "decoder_input_ids" in batch else ""
+            mask = batch.get(f"{side}attention_mask")
+            if mask is None and f"{side}input_ids" in batch:
+                mask = torch.ones_like(batch[f"{side}input_ids"])
+            if mask is not None:
+                mask = mask.bool() & shift_labels(mask.bool(), False) if shift else mask.bool()
+        return {**batch, "labels": labels, "mask": mask, "token_weights": weights}
 
     def __call__(self, model: nn.Module, raw: Batch, wants: Collection[str] = ()) -> Outputs:
         """Runs the model.
@@ -162,12 +172,17 @@ def on_device(x: Any, device: torch.device) -> Any:
     return x.to(device) if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, lambda t: t.to(device), x)
 
 
-def _kind(name: str) -> str:
+def _kind(model: nn.Module) -> str:
     """What a row of a model's logits is, by the name of its class."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if name.endswith("ForConditionalGeneration"):
+        return "tokens" if getattr(config, "is_encoder_decoder", True) else "causal"
+    own = name.startswith(("XLNet", "XLM", "Flaubert"))  # whose labels stand where their logits do
     if name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")):
-        return "causal"
-    tokens = ("ForMaskedLM", "ForPreTraining", "ForTokenClassification", "ForConditionalGeneration")
-    return "tokens" if name.endswith(tokens) else "samples"
+        return "tokens" if own else "causal"
+    return (
+        "tokens" if name.endswith(("ForMaskedLM", "ForPreTraining", "ForTokenClassification")) else "samples"
+    )
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +25,11 @@ class Projectors(nn.ModuleDict):
         if name not in self:
             if wide == out and not always:
                 return x
-            self[name] = _projector(wide, out, x.dim() == 4).to(x.device)
+            made = _projector(wide, out, x.dim() == 4).to(x.device)
+            if dist.is_available() and dist.is_initialized():
+                for p in made.parameters():  # the same everywhere, from the first step on
+                    dist.broadcast(p.data, 0)
+            self[name] = made
         return self[name](x.to(next(self[name].parameters()).dtype))
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:

@@ -187,7 +187,8 @@ class MultiLabel(HardLabels):
 
 
 def accuracy(step: Step) -> Tensor:
-    """A metric: the share of rows that count whose label is the student's most probable class."""
+    """A metric: of labelled rows that count, those whose label is the student's most probable class."""
     right = step.student["logits"].argmax(-1) == step.labels
-    mask = step.mask if step.mask is not None else torch.ones_like(right)
-    return (right & mask).sum() / mask.sum().clamp(min=1)
+    labelled = step.labels != IGNORE_INDEX
+    labelled = labelled if step.mask is None else labelled & step.mask
+    return (right & labelled).sum() / labelled.sum().clamp(min=1)

@@ -17,7 +17,8 @@ from .features import Pairs, TokenTerm
 class AttentionScores(TokenTerm):
     """Mean squared error of attention scores before the softmax, summed over pairs of layers.
 
-    Formula: Σ_pairs mean (A_s − A_t)² over heads, queries and keys that aren't padding; A = q·kᵀ/√d.
+    Formula: Σ_pairs mean (A_s − A_t)² over heads, queries that aren't padding, and keys that they attend to;
+    A = q·kᵀ/√d.
 
     Args:
         pairs: Indices of attention layers, the first is 0.
@@ -49,20 +50,19 @@ class AttentionScores(TokenTerm):
                     f"teacher {tuple(t.shape)}; give the student as many heads"
                 )
             off = (s.float() - t.float()).pow(2).mean(1)  # [B, S, S]
-            if mask is None:
-                total.append(off.mean(-1))
-            else:
-                keys = mask.bool()[:, None]
-                total.append(torch.where(keys, off, 0.0).sum(-1) / keys.sum(-1).clamp(min=1))
+            keys = torch.ones_like(off, dtype=torch.bool) if mask is None else mask.bool()[:, None]
+            if (attended := step.student.get("attended_keys")) is not None:
+                keys = keys & attended
+            total.append(torch.where(keys, off, 0.0).sum(-1) / keys.sum(-1).clamp(min=1))
         return self.mean(torch.stack(total).sum(0), step)
 
 
 _NAME = "kdkernels_scores"
-_recording: list[list[Tensor]] = []
+_recording: list[dict[str, Any]] = []
 
 
 @contextmanager
-def recorded_scores(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+def recorded_scores(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Within it, a model's attention layers leave their scores, q·kᵀ times the scale, `[B, heads, S, S]`.
 
     Raises:
@@ -73,11 +73,12 @@ def recorded_scores(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     configs = {id(config): config for config in found}.values()
     before = [config._attn_implementation for config in configs]
     scores: list[Tensor] = []
-    _recording.append(scores)
+    found_scores: dict[str, Any] = {"attention_scores": scores}
+    _recording.append(found_scores)
     try:
         for config in configs:
             config._attn_implementation = _NAME
-        yield {"attention_scores": scores}
+        yield found_scores
     finally:
         _recording.pop()
         for config, name in zip(configs, before, strict=True):
@@ -106,7 +107,10 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    _recording[-1].append(scores)
+    for found in _recording:
+        found["attention_scores"].append(scores)
+        if attention_mask is not None:  # additive, [B, 1, S, S]
+            found["attended_keys"] = attention_mask[:, 0, :, : key.shape[-2]] > -1.0
     masked = scores if attention_mask is None else scores + attention_mask[..., : key.shape[-2]]
     weights = torch.softmax(masked.float(), -1).to(query.dtype)
     weights = nn.functional.dropout(weights, dropout, module.training)
