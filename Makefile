@@ -35,9 +35,9 @@ demo: $(READY)
 	$(VENV)/bin/kdkernels demo $(ARGS)
 
 # Two processes share the cores, so OpenMP gets one thread in each; tests about threads set their own number.
-# loadgroup keeps the tests of one xdist_group in one process, where they share what is slow to make (a wheel).
+# What some files share, slow to make (a wheel), is made in one of them: tests/conftest.py sends such a file whole.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fuzz.py --minutes $(MINUTES) $(ARGS)

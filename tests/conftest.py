@@ -170,6 +170,23 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapper
 
 
+# Tests of a file share what is slow to make: archives, a run of the demo, processes.
+TOGETHER = ("test_install.py", "test_demo.py", "test_train_processes.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes each takes a test at a time, and those files whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneByOne(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return OneByOne(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _poison_uninitialised_memory() -> Iterator[None]:
     # A default device applies to the functions that bore these names when it was first used.

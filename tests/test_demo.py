@@ -1409,7 +1409,6 @@ def learnt(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.xdist_group("demo")
 def test_a_run_writes_its_report(finished: Finished) -> None:
     figures = finished.figures
     assert finished.status == (1 if figures["failures"] else 0)
@@ -1443,7 +1442,6 @@ def test_a_run_writes_its_report(finished: Finished) -> None:
     assert names == ["cache", "curves.png", "figures.json", "report.md"]
 
 
-@pytest.mark.xdist_group("demo")
 def test_all_is_fitted_on_training_files_and_scored_on_held_out_ones(finished: Finished) -> None:
     text = corpus.read_corpus(finished.root)
     tokenizer = corpus.train_tokenizer(text.texts["train"], TINY.vocab)
@@ -1477,7 +1475,6 @@ def test_all_is_fitted_on_training_files_and_scored_on_held_out_ones(finished: F
         assert bits == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.xdist_group("demo")
 def test_an_interrupted_run_goes_on(finished: Finished) -> None:
     assert finished.left == ["cache"]
     assert finished.interrupted == MODELS[:4]
@@ -1489,7 +1486,6 @@ def test_an_interrupted_run_goes_on(finished: Finished) -> None:
     assert learnt(json.loads(json.dumps(whole[0]))) == learnt(finished.figures)
 
 
-@pytest.mark.xdist_group("demo")
 def test_output_that_is_redirected_is_plain_lines(finished: Finished) -> None:
     assert "\x1b" not in finished.said
     assert "\r" not in finished.said
@@ -1508,7 +1504,6 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.xdist_group("demo")
 def test_a_finished_run_does_nothing_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
     before = finished.read()
@@ -1549,7 +1544,6 @@ def test_a_finished_run_does_nothing_again(finished: Finished, monkeypatch: pyte
     assert f"{TINY.teacher.steps} steps" not in said
 
 
-@pytest.mark.xdist_group("demo")
 def test_another_setting_trains_only_what_depends_on_it(finished: Finished) -> None:
     def trained(config: Config, fused_code: str | None = None) -> list[str]:
         names: list[str] = []

@@ -18,9 +18,6 @@ from pathlib import Path
 
 import pytest
 
-# One process makes the archives, and all of these tests use them.
-pytestmark = pytest.mark.xdist_group("install")
-
 ROOT = Path(__file__).parents[1]
 LIBRARY = "kdkernels/libkdkernels_cpu.so"
 OFFLINE = ("--quiet", "--disable-pip-version-check", "--no-index", "--no-deps")

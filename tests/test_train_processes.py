@@ -98,7 +98,6 @@ def alone() -> dict[str, Tensor]:
     return fit(8)
 
 
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("case", CASES)
 def test_processes_give_what_one_gives(case: str, folder: Path, alone: dict[str, Tensor]) -> None:
     for rank in (0, 1):
