@@ -79,6 +79,10 @@ def test_what_is_missed_is_named(document: dict[str, Any]) -> None:
     def slower(divergence: str, ms: float) -> Any:
         return lambda d: d["times"][linear.AS_IT_COMES]["best_ms"].update({f"kd_loss, {divergence}": ms})
 
+    warm = copy.deepcopy(good)
+    warm["times"] = {linear.AS_IT_COMES: {"best_ms": {}}, linear.WARM: found}
+    assert linear.targets(warm) == []
+
     wrong = {"loss": 0.0, "hidden": 0.0, "weight": 9.0}
     for change, said in (
         (slower("forward_kl", 11.1), "kd_loss, forward_kl, allocator as it comes: 1.11 times"),
