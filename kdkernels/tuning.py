@@ -94,8 +94,8 @@ def triton(width: int, itemsize: int, align: int, stats: bool = False, lanes: in
 # logits of a chunk are new memory in every call, which has to be cleared.
 #
 # cpu: 250 GFLOP/s and 28 GB/s, so 7 % at 128 rows, 3.5 % at 256 and 1.7 % at 512, against memory to clear,
-# 0.3 GB for 512 rows of 131,072 classes. (512, 131072), forward KL with its products, takes 652 ms at 128,
-# 631 at 256 and 635 at 512; where the allocator keeps what was freed 657, 597 and 552.
+# 0.3 GB for 512 rows of 131,072 classes. (512, 131072), forward KL with its products, takes 821 ms at 192
+# and 765 at 512; where the allocator keeps what was freed 695 and 546 (`python -m benchmarks linear`).
 # gpu: not measured; 728 TFLOP/s and 4.2 TB/s would be 4 % at 4,096.
 HEAD_ROWS = {"cpu": 512, "gpu": 4096}
 

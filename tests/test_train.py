@@ -808,6 +808,7 @@ def once() -> Iterator[Any]:
         (lambda s, t: SoftTargets(weight="1"), TypeError, "weight must be a number"),  # type: ignore[arg-type]
         (lambda s, t: SoftTargets(temperature=-1.0), ValueError, "temperature must be > 0"),
         (lambda s, t: SoftTargets(temprature=1.0), TypeError, "no option 'temprature'"),
+        (lambda s, t: SoftTargets(reduction="sum"), TypeError, "reduction is no option of a term"),
         (lambda s, t: warm_up(), ValueError, "epochs or steps"),
     ],
 )  # fmt: skip

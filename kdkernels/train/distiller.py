@@ -149,7 +149,7 @@ class Distiller:
         self._loaders: dict[tuple[int, bool], tuple[Any, Any]] = {}
         self._epoch_start: Any = None
         self._restart: Any = None
-        self._generators: list[torch.Generator] = []
+        self._drawn_from: list[torch.Generator] = []
 
     def _check(self) -> None:
         for name, model in self.models.items():
@@ -472,9 +472,7 @@ class Distiller:
         if alone or not isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
             return loader
         key = id(loader), even
-        if (
-            key not in self._loaders
-        ):  # Accelerate keeps what it prepares, and so does this: with the loader itself
+        if key not in self._loaders:  # with the loader, so that its id stays its own
             before, self.accelerator.even_batches = self.accelerator.even_batches, even
             try:
                 self._loaders[key] = (
@@ -487,7 +485,7 @@ class Distiller:
 
     def _groups(self, loader: Iterable[Any]) -> Iterator[list[Batch]]:
         """Batches of an optimizer step at a time, from where a resumed fit was."""
-        self._generators = _generators(loader)
+        self._drawn_from = _generators(loader)
         restart, self._restart = self._restart, None
         if restart is None:
             self.progress.batch = 0  # an earlier fit may have ended within an epoch
@@ -506,12 +504,12 @@ class Distiller:
 
     def _state(self) -> dict[str, Any]:
         """Of all random generators, those of the loader too."""
-        states = [generator.get_state() for generator in self._generators]
+        states = [generator.get_state() for generator in self._drawn_from]
         return {"random": checkpoint.random_state(), "generators": states}
 
     def _set_state(self, state: dict[str, Any]) -> None:
         checkpoint.set_random_state(state["random"])
-        for generator, its in zip(self._generators, state["generators"], strict=False):
+        for generator, its in zip(self._drawn_from, state["generators"], strict=False):
             generator.set_state(its)
 
     def _placed(self, raw: Any) -> Batch:

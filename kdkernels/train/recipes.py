@@ -220,9 +220,8 @@ def noisy_teacher(
     Source: Sau and Balasubramanian, "Deep Model Compression: Distilling Knowledge from Noisy Teachers", 2016,
         section 3.1; σ and the share are not the paper's, which searches them.
     """
-    noise = LogitNoise(sigma, kind, probability=probability)
-    soft = SoftTargets(LogitMSE() if divergence is None else divergence, temperature, teacher_noise=noise)
-    return _plan(student, teacher, {"distil": {"soft": soft, "hard": HardLabels(hard_weight)}}, training)
+    noise = {"teacher_noise": LogitNoise(sigma, kind, probability=probability)}
+    return _noisy(student, teacher, noise, divergence, temperature, hard_weight, training)
 
 
 def noisy_student(
@@ -242,8 +241,16 @@ def noisy_student(
     With multiplicative noise and squared error the expected gradient gains σ² · z. Arguments and source as of
     `noisy_teacher`.
     """
-    noise = LogitNoise(sigma, kind, probability=probability)
-    soft = SoftTargets(LogitMSE() if divergence is None else divergence, temperature, student_noise=noise)
+    noise = {"student_noise": LogitNoise(sigma, kind, probability=probability)}
+    return _noisy(student, teacher, noise, divergence, temperature, hard_weight, training)
+
+
+def _noisy(
+    student: Any, teacher: Any, noise: Mapping[str, Any], divergence: Any, temperature: float,
+    hard_weight: Weight, training: Mapping[str, Any],
+) -> Plan:  # fmt: skip
+    """The same for both sides."""
+    soft = SoftTargets(LogitMSE() if divergence is None else divergence, temperature, **noise)
     return _plan(student, teacher, {"distil": {"soft": soft, "hard": HardLabels(hard_weight)}}, training)
 
 

@@ -24,7 +24,10 @@ class _LogitTerm(Term):
         self, weight: Weight, student: str, teacher: str, options: Mapping[str, Any], over: Over = "items"
     ) -> None:
         super().__init__(weight, over)
-        check_options({name: value for name, value in options.items() if name != "reduction"})
+        for name in ("reduction", "soft_weight", "hard_weight"):
+            if name in options:
+                raise TypeError(f"{name} is no option of a term: its weight is weight=, and it is a mean")
+        check_options(dict(options))
         self.student, self.teacher, self.options = student, teacher, dict(options)
         self.binary = isinstance(self.options.get("divergence"), BinaryKL)
         self._all: Tensor | None = None
@@ -48,9 +51,9 @@ class _LogitTerm(Term):
             loss = term.loss(step, **{"soft_weight" if term.soft else "hard_weight": weights[name]})
             found[name] = (loss, loss.detach() / weights[name])
         if soft and hard:
-            first: Any = terms[soft[0]]
+            first, labels = terms[soft[0]], terms[hard[0]]  # type: Any, Any
             loss, stats = first.loss(step, True, soft_weight=weights[soft[0]], hard_weight=weights[hard[0]])
-            terms[hard[0]].see(step.labels)  # type: ignore[operator]
+            labels.see(step.labels)
             found[soft[0]] = (loss, stats.soft)
             found[hard[0]] = (None, stats.hard)
         return found
