@@ -294,7 +294,7 @@ def test_a_checkpoint_that_is_half_written_is_not_there(tmp_path: Path) -> None:
     long_fit(tmp_path)
     kept = sorted(p.name for p in tmp_path.glob("step-*"))
     assert len(kept) == 2
-    (tmp_path / kept[-1]).rename(tmp_path / f"{kept[-1]}.partial")
+    (tmp_path / kept[-1]).rename(tmp_path / f"{kept[-1]}.part")
     (tmp_path / "step-99999999").mkdir()
     assert same(long_fit(tmp_path, resume=True), long_fit(tmp_path / "whole"))
 
@@ -309,7 +309,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"state\.json is missing"):
         distiller.resume(tmp_path / "two")
     (tmp_path / "one" / "tensors.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match="not a checkpoint that can be read"):
+    with pytest.raises(ValueError, match="can't be read"):
         distiller.resume(tmp_path / "one")
     assert (
         Distiller(student, teacher, Objective(soft=SoftTargets()), sgd, folder=tmp_path / "no").resume()
@@ -405,14 +405,14 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path) -> None:
         {"dict": [["models", {"tensor": "nowhere"}]]}, {"dict": 3}, {"a": 1, "b": 2}, [], None, {"dict": []},
     ):  # fmt: skip
         state.write_text(json.dumps({**good, "tree": tree}))
-        with pytest.raises(ValueError, match=r"not a checkpoint that can be read|doesn't fit these models"):
+        with pytest.raises(ValueError, match=r"can't be read|doesn't fit these models"):
             distiller.resume(tmp_path / "it")
 
 
 def test_a_folder_of_another_fit_is_refused(tmp_path: Path) -> None:
     Distiller(*pair(), objective(), sgd, folder=tmp_path).fit([samples().tensors], steps=3, progress=False)
     with pytest.raises(
-        ValueError, match=r"holds step-00000003 of another fit: resume\(\) it, or name another"
+        ValueError, match=r"step-00000003 is of another fit: resume\(\) it, or use another folder"
     ):
         Distiller(*pair(), objective(), sgd, folder=tmp_path).fit(
             [samples().tensors], steps=2, progress=False
@@ -566,9 +566,8 @@ def test_one_scheduler_function_is_for_every_optimizer() -> None:
     goals = Objective(a=SoftTargets(student="a", teacher="b"), b=SoftTargets(student="b", teacher="a"))
     distiller = Distiller({"a": a, "b": b}, None, goals, [sgd, sgd], SCHEDULERS["LambdaLR"])
     distiller.fit([samples().tensors], steps=2, progress=False)
-    assert [o.param_groups[0]["lr"] for o in distiller.updates[0].optimizer] == [
-        pytest.approx(0.5 * 0.81)
-    ] * 2
+    rates = [o.param_groups[0]["lr"] for o in distiller.updates[0].optimizer]
+    assert rates == [pytest.approx(0.5 * 0.81)] * 2
 
 
 def test_a_stream_has_no_length() -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import io
+import re
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +242,38 @@ def test_plans_refuse() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
         recipes.hinton(student, teacher, temprature=2.0)
     assert FEATURES == student[0].in_features
+
+
+def lines_of_code(source: str) -> int:
+    """Those with something on them that isn't a comment or a docstring."""
+    documented = set()
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node) is not None
+        ):
+            first = node.body[0]
+            documented |= {*range(first.lineno, (first.end_lineno or 0) + 1)}
+    layout = {
+        tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
+    }  # fmt: skip
+    found = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            found |= {*range(token.start[0], token.end[0] + 1)}
+    return len(found - documented)
+
+
+def test_the_loop_is_small_and_knows_no_strategy() -> None:
+    """What isn't a term or a recipe is read in one sitting, and a new strategy changes nothing in it."""
+    assert lines_of_code("# one\n\ndef f():\n    '''Two.\n\n    Three.'''\n    return (1,\n        2)\n") == 3
+    places = [p for p in Path(recipes.__file__).parent.glob("*.py") if p.name != "recipes.py"]
+    sources = {place.name: place.read_text(encoding="utf-8") for place in places}
+    assert {"distiller.py", "objective.py", "outputs.py"} <= {*sources}
+    assert sum(map(lines_of_code, sources.values())) <= 900
+    functions = inspect.getmembers(recipes, inspect.isfunction)
+    strategies = {name for name, made in functions if made.__module__ == recipes.__name__}
+    assert {"hinton", "tinybert"} <= strategies
+    for name, source in sources.items():
+        words = {*re.findall(r"\w+", source.lower())} - {"ensemble"}  # a kind of teacher
+        assert not words & strategies, name

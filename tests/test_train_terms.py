@@ -213,12 +213,12 @@ def test_what_rows_of_a_models_logits_are() -> None:
     """By the names of classes; of those that generate from a condition, by their configuration."""
     from types import SimpleNamespace
 
-    from kdkernels.train.outputs import _kind
+    from kdkernels.integrations.models import rows
 
     def kind(name: str, **config: Any) -> str:
         model = type(name, (nn.Module,), {})()
         model.config = SimpleNamespace(**config)
-        return _kind(model)
+        return rows(model)
 
     assert kind("LlavaForConditionalGeneration", is_encoder_decoder=False) == "causal"
     assert kind("BartForConditionalGeneration", is_encoder_decoder=True) == "tokens"

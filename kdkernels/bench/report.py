@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ..files import replacing
+
 # The vector extensions that a reader of the numbers wants to know about.
 _EXTENSIONS = (
     "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_bf16",
@@ -95,10 +97,8 @@ def command_line(module: str, arguments: Sequence[str]) -> str:
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Writes a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    scratch.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ..files import replacing
 
 Key = Mapping[str, Any]
 
@@ -62,19 +63,14 @@ class Parts:
         return Part(facts, arrays) if made_under == json.dumps(key, sort_keys=True) else None
 
     def save(self, name: str, key: Key, part: Part) -> None:
-        """Write the part, whole or not at all: under another name first, on the disk, then renamed."""
-        path = self.path(name, key)
-        unfinished = path.with_suffix(".part")
+        """Write the part, whole or not at all."""
         stored: dict[str, Any] = {
             "facts": np.array(json.dumps(part.facts)),
             "key": np.array(json.dumps(key, sort_keys=True)),
             **part.arrays,
         }
-        with open(unfinished, "wb") as file:
+        with replacing(self.path(name, key)) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **stored)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
 
     def drop(self, name: str, key: Key) -> None:
         """Remove the part, if it is there."""

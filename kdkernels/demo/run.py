@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 
 from .. import __version__, bench, explain
+from ..files import replacing
 from . import corpus, head, report
 from .baselines import Bigram, Unigram
 from .config import Config, Head, Recipe
@@ -110,8 +109,10 @@ def publish(figures: report.Figures, out: Path) -> int:
     failures = report.verdict(figures)
     figures = {**figures, "failures": failures, "notes": report.notes(figures)}
     bench.write_json(out / "figures.json", _without_nan(figures))
-    _write(out / "report.md", lambda path: path.write_text(report.markdown(figures), encoding="utf-8"))
-    _write(out / "curves.png", lambda path: report.plot(figures, path))
+    with replacing(out / "report.md") as part:
+        part.write_text(report.markdown(figures), encoding="utf-8")
+    with replacing(out / "curves.png") as part:
+        report.plot(figures, part)
     bench.print_table("Language models", *report.language_table(figures))
     bench.print_table("Loss head", *report.head_table(figures), left=2)
     for line in figures["notes"]:
@@ -129,12 +130,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    write(unfinished)
-    os.replace(unfinished, path)
 
 
 def _data(config: Config, text: corpus.Corpus, place: Place) -> tuple[Data, Key]:

@@ -7,53 +7,17 @@ if importlib.util.find_spec("accelerate") is None:
         "kdkernels.train needs more packages: pip install 'kdkernels[train]'", name="accelerate"
     )
 
-from . import recipes
-from .distiller import Distiller, NonFiniteLoss, Update
-from .objective import Function, Objective, Progress, Step, Term, linear, warm_up
+from . import recipes, terms
+from .distiller import Distiller, Update
+from .objective import Function, Objective, Progress, Step, Term
 from .outputs import Adaptor, Outputs
 from .recipes import Plan, Stage
+from .records import NonFiniteLoss
 from .teachers import Ensemble, Stored
-from .terms import (
-    AttentionScores,
-    AttentionTransfer,
-    CosineHidden,
-    Embeddings,
-    HardLabels,
-    HiddenStates,
-    Hint,
-    LogitMatch,
-    MultiLabel,
-    SoftTargets,
-    accuracy,
-)  # fmt: skip
+from .terms import *  # noqa: F403
 
 __all__ = [
-    "Adaptor",
-    "AttentionScores",
-    "AttentionTransfer",
-    "CosineHidden",
-    "Distiller",
-    "Embeddings",
-    "Ensemble",
-    "Function",
-    "HardLabels",
-    "HiddenStates",
-    "Hint",
-    "LogitMatch",
-    "MultiLabel",
-    "NonFiniteLoss",
-    "Objective",
-    "Outputs",
-    "Plan",
-    "Progress",
-    "SoftTargets",
-    "Stage",
-    "Step",
-    "Stored",
-    "Term",
-    "Update",
-    "accuracy",
-    "linear",
-    "recipes",
-    "warm_up",
-]
+    "Adaptor", "Distiller", "Ensemble", "Function", "NonFiniteLoss", "Objective", "Outputs", "Plan",
+    "Progress", "Stage", "Step", "Stored", "Term", "Update", "recipes",
+]  # fmt: skip
+__all__ += terms.__all__

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .outputs import unwrap
+from ..integrations.models import unwrap
 
 # What wrappers put into the names of the modules inside them; a wrapper of it all is taken off before.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -51,7 +51,8 @@ class Capture:
         return [(name, what or "output") for name in hits]
 
     def _hook(self, place: tuple[str, str], module: nn.Module) -> Any:
-        def keep(value: Any) -> None:
+        def keep(_: nn.Module, args: Any, more: dict[str, Any], result: Any) -> None:
+            value = result if place[1] == "output" else args or list(more.values())
             while isinstance(value, (tuple, list)) and value:
                 value = value[0]
             if isinstance(value, Mapping) and value:
@@ -59,11 +60,7 @@ class Capture:
             if isinstance(value, Tensor):
                 self.found[place] = value
 
-        if place[1] == "output":
-            return module.register_forward_hook(lambda _, args, result: keep(result))
-        return module.register_forward_pre_hook(
-            lambda _, args, more: keep(args or list(more.values())), with_kwargs=True
-        )
+        return module.register_forward_hook(keep, with_kwargs=True)
 
     def take(self) -> dict[str, Any]:
         """What the last forward pass left, by path; of a module that ran twice, the last.

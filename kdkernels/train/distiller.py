@@ -5,37 +5,31 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
-from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.optim import AdamW
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from torch.optim import AdamW, Optimizer
 
-from . import checkpoint
+from .. import storage
+from ..files import write_csv
+from ..integrations.models import evaluating
+from ..pictures import draw_curves
 from .capture import Capture
 from .objective import Function, Objective, Progress, Step, Term, count
 from .outputs import Adaptor, Batch, Outputs, as_batch, on_device
-from .report import Means, draw_curves, write_history
-from .teachers import Ensemble, Stored, ask, evaluating, modules_of
+from .position import Position
+from .records import Means, Pace, Row, check_finite
+from .teachers import Ensemble, Stored, ask, modules_of
 
-Row = dict[str, Any]
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-
-
-class NonFiniteLoss(ArithmeticError):
-    """A loss was NaN or infinite. Checkpoints before it are good; on a CPU nothing was updated with it."""
 
 
 @dataclass
@@ -46,7 +40,7 @@ class Update:
         objective: What is minimised.
         optimizer: A torch optimizer, or a function that makes one of parameters, or a list of either, one for
             each model that is trained; None for AdamW at 1e-3.
-        scheduler: A learning-rate scheduler, or a function that makes one of an optimizer, a list, or None.
+        scheduler: A learning-rate scheduler, or a function that makes one of every optimizer, or None.
         trains: Names of the models that get gradients; the others' outputs have none.
         name: What its figures are logged under, where there are several.
     """
@@ -57,10 +51,9 @@ class Update:
     trains: tuple[str, ...] = ("student",)
     name: str = ""
 
-    @property
-    def prefix(self) -> str:
-        """Of its figures."""
-        return f"{self.name}/" if self.name else ""
+    def named(self, term: str) -> str:
+        """What a figure of it is called."""
+        return f"{self.name}/{term}" if self.name else term
 
 
 class _Given(NamedTuple):
@@ -142,14 +135,11 @@ class Distiller:
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = accelerator or Accelerator(kwargs_handlers=[unused])
         self.progress, self.history = Progress(), []  # type: Progress, list[Row]
+        self.position = Position(self.accelerator, self.progress)
         self.best: float | None = None
         self._worse, self._monitor, self._saved = 0, "", -1
         self._ready: dict[str, nn.Module] = {}
         self._captures: dict[str, Capture] = {}
-        self._loaders: dict[tuple[int, bool], tuple[Any, Any]] = {}
-        self._epoch_start: Any = None
-        self._restart: Any = None
-        self._drawn_from: list[torch.Generator] = []
 
     def _check(self) -> None:
         for name, model in self.models.items():
@@ -162,8 +152,7 @@ class Distiller:
                 raise TypeError(f"objective must be an Objective, got {type(update.objective).__name__}")
             if not update.trains or not {*update.trains} <= {*self.models}:
                 raise ValueError(f"trains must name some of {', '.join(self.models)}, got {update.trains}")
-        names = [u.prefix + name for u in self.updates for name in (*u.objective.terms, "loss")]
-        names += self.metrics
+        names = [u.named(n) for u in self.updates for n in (*u.objective.terms, "loss")] + [*self.metrics]
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise ValueError(
                 f"{', '.join(twice)} would name several figures: terms, metrics and 'loss' need names of "
@@ -179,9 +168,7 @@ class Distiller:
         accelerator = self.accelerator
         kind = accelerator.distributed_type
         if len(self.models) > 1 and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"{kind.value} trains one model, and these are {', '.join(self.models)}: use DDP"
-            )
+            raise ValueError(f"{kind.value} trains one model, not {', '.join(self.models)}: use DDP")
         self._modules = [m for teacher in self.teachers.values() for m in modules_of(teacher)]
         for module in self._modules:
             sharded = any(hasattr(p, "full_tensor") for p in module.parameters())
@@ -189,33 +176,29 @@ class Distiller:
                 module.to(accelerator.device)
         for update in self.updates:
             update.objective.to(accelerator.device)
-            models = [self.models[name] for name in update.trains]
-            update.optimizer = _made(update.optimizer or partial(AdamW, lr=1e-3), models)
-        optimizers = [o for update in self.updates for o in update.optimizer]
-        ready = accelerator.prepare(*self.models.values(), *optimizers)
+            trained = [self.models[name] for name in update.trains]
+            update.optimizer = _optimizers(update.optimizer or partial(AdamW, lr=1e-3), trained)
+        ready = accelerator.prepare(*self.models.values(), *(o for u in self.updates for o in u.optimizer))
         if accelerator.log_with and not accelerator.trackers:
             accelerator.init_trackers("kdkernels")
-        prepared = iter(ready[len(self.models) :])
+        models_ready, prepared = dict(zip(self.models, ready, strict=False)), iter(ready[len(self.models) :])
         for update in self.updates:
             update.optimizer = [next(prepared) for _ in update.optimizer]
             given = update.scheduler
-            if not isinstance(given, (list, tuple)):
-                given = [given] * len(update.optimizer) if callable(given) else [given]
-            pairs = zip(given, update.optimizer, strict=False)
-            update.scheduler = [s(o.optimizer) if callable(s) else s for s, o in pairs if s is not None]
-        models_ready = dict(zip(self.models, ready, strict=False))
+            made = [given(o.optimizer) for o in update.optimizer] if callable(given) else [given]
+            update.scheduler = [scheduler for scheduler in made if scheduler is not None]
         everyone = models_ready | {n: t for n, t in self.teachers.items() if isinstance(t, nn.Module)}
-        for name in dict.fromkeys(n for term in self._terms() for n in term.captures):
+        terms = self._terms()
+        for name in dict.fromkeys(n for term in terms for n in term.captures):
             if name not in everyone:
                 raise ValueError(f"a term captures modules of {name!r}; there are {', '.join(everyone)}")
-            paths = [p for term in self._terms() for p in term.captures.get(name, ())]
+            paths = [path for term in terms for path in term.captures.get(name, ())]
             self._captures[name] = Capture(everyone[name], paths, name)
         # Where Accelerate's wrappers have nothing to do: they look for packages at every step.
         self._plain = accelerator.scaler is None and kind in _PLAIN
-        self._wants = {
-            n: {w for t in self._terms() for w in t.wants.get(n, ())} for n in (*everyone, *self.teachers)
-        }
-        self._recorders = [t for t in self._terms() if type(t).around is not Term.around]
+        names = (*everyone, *self.teachers)
+        self._wants = {name: {w for term in terms for w in term.wants.get(name, ())} for name in names}
+        self._recorders = [term for term in terms if type(term).around is not Term.around]
         students = {m for model in self.models.values() for m in model.modules()}
         self._shared = {m for m in self._modules if not students.isdisjoint(m.modules())}
         self._ready = models_ready
@@ -228,11 +211,10 @@ class Distiller:
         made = [term for term in update.objective.terms.values() if term._modules]
         extra = list(dict.fromkeys(p for term in made for p in term.parameters() if p.requires_grad))
         if extra:
-            optimizer = update.optimizer[0].optimizer
-            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if new := [p for p in extra if id(p) not in known]:
-                # A group of their own would be one that the schedulers don't know.
-                optimizer.param_groups[0]["params"] += new
+            groups = update.optimizer[0].optimizer.param_groups
+            known = {id(p) for group in groups for p in group["params"]}
+            # A group of their own would be one that the schedulers don't know.
+            groups[0]["params"] += [p for p in extra if id(p) not in known]
         return extra
 
     # One step
@@ -279,7 +261,6 @@ class Distiller:
         """One optimizer step; gives the values of the terms, still on the device."""
         accelerator, row, given = self.accelerator, {}, self._given(raws)  # type: Accelerator, Row, list[_Given]
         for update in self.updates:
-            prefix = update.prefix
             for n, step in enumerate(self._seen(update, given, update.trains)):
                 last = n == len(raws) - 1
                 with ExitStack() as stack:
@@ -288,7 +269,7 @@ class Distiller:
                     if accelerator.mixed_precision != "no":
                         stack.enter_context(accelerator.autocast())
                     if grad_norms and last:
-                        row.update(self._grad_norms(step, update, prefix))
+                        row.update(self._grad_norms(step, update))
                     loss, values = update.objective(step)
                     if not loss.requires_grad:
                         raise ValueError(
@@ -297,13 +278,14 @@ class Distiller:
                     values["loss"] = loss.detach()
                     # Elsewhere looking would wait for the device: there it is done where figures are read.
                     if loss.device.type == "cpu" and not math.isfinite(loss.item()):
-                        self._check_finite(values, self.progress.batch + n)
+                        check_finite(values, self.progress, self.progress.batch + n)
                     if self._plain:
                         loss.backward()
                     else:
                         accelerator.backward(loss * accelerator.gradient_accumulation_steps)
                 for name, value in values.items():
-                    row[prefix + name] = row[prefix + name] + value if n else value
+                    figure = update.named(name)
+                    row[figure] = row[figure] + value if n else value
             extra = self._adopt(update)
             for p in extra if accelerator.num_processes > 1 else ():
                 p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
@@ -312,26 +294,19 @@ class Distiller:
                 accelerator.clip_grad_norm_([*trained, *extra], self.clip)
             for optimizer in update.optimizer:
                 (optimizer.optimizer if self._plain else optimizer).step()
-            self._zero_grad(update)
+            self._zero_grad(update, extra)
             for scheduler in update.scheduler:
                 scheduler.step()
         return row
 
-    def _zero_grad(self, update: Update) -> None:
+    def _zero_grad(self, update: Update, extra: Iterable[nn.Parameter]) -> None:
         """Of all that is trained, so that nothing piles up in what no optimizer has."""
-        for module in (*(self.models[name] for name in update.trains), update.objective):
-            module.zero_grad()
+        for name in update.trains:
+            self.models[name].zero_grad()
+        for p in extra:
+            p.grad = None
 
-    def _check_finite(self, values: Mapping[str, Any], batch: int) -> None:
-        figures = {name: float(value) for name, value in values.items()}
-        if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
-            raise NonFiniteLoss(
-                f"{', '.join(bad)} not finite at step {self.progress.step}, batch {batch} of epoch "
-                f"{self.progress.epoch}: {', '.join(f'{n} {v:g}' for n, v in figures.items())}. Look at that "
-                "batch, lower the learning rate, or clip gradients"
-            )
-
-    def _grad_norms(self, step: Step, update: Update, prefix: str) -> Row:
+    def _grad_norms(self, step: Step, update: Update) -> Row:
         """Of every term alone, on the last batch, in the trained models."""
         parameters = [p for name in update.trains for p in self.models[name].parameters() if p.requires_grad]
         row = {}
@@ -339,7 +314,7 @@ class Distiller:
             assert part is not None
             gradients = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
             norms = [g.float().norm() for g in gradients if g is not None]
-            row[f"{prefix}{name}/grad_norm"] = torch.stack([*norms, torch.zeros_like(part)]).norm()
+            row[update.named(f"{name}/grad_norm")] = torch.stack([*norms, torch.zeros_like(part)]).norm()
         return row
 
     # The loop
@@ -393,19 +368,16 @@ class Distiller:
         wrong = [n for n in numbers.values() if n is not None and (not isinstance(n, int) or n < 1)]
         if (steps is None) == (epochs is None) or wrong:
             raise ValueError(f"fit takes steps or epochs, and integers >= 1, got {numbers}")
-        if self.folder is not None and (there := checkpoint.steps(self.folder)):
-            if int(there[-1].name[5:]) > self.progress.step:
-                raise ValueError(
-                    f"{self.folder} holds {there[-1].name} of another fit: resume() it, or name another"
-                )
+        if (there := self._checkpoints()) and int(there[-1].name[5:]) > self.progress.step:
+            raise ValueError(f"{there[-1]} is of another fit: resume() it, or use another folder")
         self._prepare()
-        loader, now = self._sharded(loader), self.progress
+        loader, now = self.position.shard(loader), self.progress
         try:
             length: int | None = -(-len(loader) // self.accumulate)  # type: ignore[arg-type]
         except TypeError:  # a stream
             length = None
         goal = steps if epochs is None else epochs * length if length else None
-        pace = _Pace(self)
+        pace = Pace(now, self.accelerator, goal, progress)
 
         def between(ended: bool) -> bool:
             """What is done between steps, or when an epoch has ended; whether the fit is to end."""
@@ -415,7 +387,7 @@ class Distiller:
             )
             stop = False
             if now.step % log_every == 0 or ended or evaluates or saves:
-                pace.log()
+                self._log(pace)
             if eval_loader is not None and evaluates:
                 stop = self._evaluated(self.evaluate(eval_loader), monitor, maximize, patience)
             if self.folder is not None and saves:
@@ -435,82 +407,36 @@ class Distiller:
             for capture in self._captures.values():
                 stack.enter_context(capture)
             stack.callback(self._draw)
-            shown = progress and self.accelerator.is_main_process
-            pace.bar = stack.enter_context(tqdm(total=goal, initial=now.step, unit="step", disable=not shown))
+            stack.enter_context(pace.bar)
             for update in self.updates:
-                self._zero_grad(update)
+                self._zero_grad(update, update.objective.parameters())
             if monitor != self._monitor:
                 self.best, self._worse, self._monitor = None, 0, monitor
             stop = patience is not None and self._worse >= patience
             while not stop and not finished():
-                for raws in self._groups(loader):
+                for group in self.position.groups(loader, self.accumulate):
                     now.fraction = now.step / goal if goal else 0.0
+                    raws = [self._placed(raw) for raw in group]
                     row = self._step(raws, grad_norms and (now.step + 1) % log_every == 0)
                     now.step, now.batch = now.step + 1, now.batch + len(raws)
-                    pace.count(raws, row)
+                    pace.count(row, sum(count(raw, "samples") for raw in raws))
                     stop = self._call("on_step", row) | between(ended=False)
                     if stop or (steps is not None and finished()):
                         break
                 else:
                     if not now.batch:
                         raise ValueError("loader yields nothing: there is no batch to train on")
-                    now.epoch, now.batch, self._epoch_start = now.epoch + 1, 0, None
+                    self.position.end_epoch()
                     stop = between(ended=True)
                 for term in self._terms():
                     term.check()
-            pace.log()
+            self._log(pace)
             done = [row for row in self.history if row["step"] == now.step and f"eval/{monitor}" in row]
             if eval_loader is not None and not done:
                 self._evaluated(self.evaluate(eval_loader), monitor, maximize, patience)
             if self.folder is not None and self._saved != now.step:
                 self._keep(keep)
         return self.history
-
-    def _sharded(self, loader: Iterable[Any], even: bool = True) -> Iterable[Any]:
-        """A `DataLoader` over processes; not `even`, no sample is there twice to make their shares equal."""
-        alone = self.accelerator.num_processes == 1  # and nothing reads ahead
-        if alone or not isinstance(loader, DataLoader) or getattr(loader, "_is_accelerate_prepared", False):
-            return loader
-        key = id(loader), even
-        if key not in self._loaders:  # with the loader, so that its id stays its own
-            before, self.accelerator.even_batches = self.accelerator.even_batches, even
-            try:
-                self._loaders[key] = (
-                    loader,
-                    self.accelerator.prepare_data_loader(loader, device_placement=False),
-                )
-            finally:
-                self.accelerator.even_batches = before
-        return self._loaders[key][1]
-
-    def _groups(self, loader: Iterable[Any]) -> Iterator[list[Batch]]:
-        """Batches of an optimizer step at a time, from where a resumed fit was."""
-        self._drawn_from = _generators(loader)
-        restart, self._restart = self._restart, None
-        if restart is None:
-            self.progress.batch = 0  # an earlier fit may have ended within an epoch
-        else:
-            self._set_state(restart["epoch_start"] or restart["now"])
-        self._epoch_start = self._state()
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(self.progress.epoch)
-        batches = iter(loader)
-        if restart is not None and restart["epoch_start"]:
-            for _ in islice(batches, self.progress.batch):
-                pass
-            checkpoint.set_random_state(restart["now"]["random"])
-        while group := list(islice(batches, self.accumulate)):
-            yield [self._placed(raw) for raw in group]
-
-    def _state(self) -> dict[str, Any]:
-        """Of all random generators, those of the loader too."""
-        states = [generator.get_state() for generator in self._drawn_from]
-        return {"random": checkpoint.random_state(), "generators": states}
-
-    def _set_state(self, state: dict[str, Any]) -> None:
-        checkpoint.set_random_state(state["random"])
-        for generator, its in zip(self._drawn_from, state["generators"], strict=False):
-            generator.set_state(its)
 
     def _placed(self, raw: Any) -> Batch:
         """A batch by names, on the device."""
@@ -525,32 +451,28 @@ class Distiller:
         """
         self._prepare()
         means = Means()
-        # Wrappers would wait for processes that have no batch left.
-        ready, self._ready = self._ready, dict(self.models)
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(evaluating([*self.models.values(), *self._modules]))
-                cuda = self.accelerator.device.type == "cuda"
-                # What is drawn here, of noise or an order, is not drawn from a fit.
-                stack.enter_context(torch.random.fork_rng([self.accelerator.device] if cuda else []))
-                if self.accelerator.mixed_precision != "no":
-                    stack.enter_context(self.accelerator.autocast())
-                for capture in self._captures.values():
-                    stack.enter_context(capture)
-                for raw in self._sharded(loader, even=False):
-                    given = self._given([self._placed(raw)])
-                    for update in self.updates:
-                        (step,) = self._seen(update, given, ())
-                        prefix = update.prefix
-                        for name, (part, value) in update.objective.parts(step).items():
-                            term: Any = update.objective.terms[name]
-                            n = float(count(step.batch, term.over))
-                            means.add(prefix + name, float(value), n)
-                            means.add((prefix + "loss", name), 0.0 if part is None else float(part), n)
-                        for name, metric in self.metrics.items() if update is self.updates[0] else ():
-                            means.add(name, float(metric(step)), float(count(step.batch, metric.over)))
-        finally:
-            self._ready = ready
+        with ExitStack() as stack:
+            # Wrappers would wait for processes that have no batch left.
+            stack.callback(setattr, self, "_ready", self._ready)
+            self._ready = dict(self.models)
+            stack.enter_context(evaluating([*self.models.values(), *self._modules]))
+            cuda = self.accelerator.device.type == "cuda"
+            # What is drawn here, of noise or an order, is not drawn from a fit.
+            stack.enter_context(torch.random.fork_rng([self.accelerator.device] if cuda else []))
+            stack.enter_context(self.accelerator.autocast())
+            for capture in self._captures.values():
+                stack.enter_context(capture)
+            for raw in self.position.shard(loader, even=False):
+                given = self._given([self._placed(raw)])
+                for update in self.updates:
+                    (step,) = self._seen(update, given, ())
+                    for name, (part, value) in update.objective.parts(step).items():
+                        term: Any = update.objective.terms[name]
+                        n = float(count(step.batch, term.over))
+                        means.add(update.named(name), float(value), n)
+                        means.add((update.named("loss"), name), 0.0 if part is None else float(part), n)
+                for name, metric in self.metrics.items():
+                    means.add(name, float(metric(step)), float(count(step.batch, metric.over)))
         row: Row = {}
         for name, figure in means.over(self.accelerator.num_processes).items():
             key = name if isinstance(name, str) else name[0]
@@ -581,12 +503,15 @@ class Distiller:
         if self.accelerator.trackers:
             self.accelerator.log(row, step=self.progress.step)
 
+    def _log(self, pace: Pace) -> None:
+        if row := pace.read(lr=self.updates[0].optimizer[0].param_groups[0]["lr"]):
+            self.record(row)
+
     def _draw(self) -> None:
         """What people look at."""
         if self.folder is not None and self.accelerator.is_main_process and self.history:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_history(self.folder / "history.csv", self.history)
-            draw_curves(self.folder / "curves.png", self.history)
+            write_csv(self.folder / "history.csv", self.history)
+            draw_curves(self.folder / "curves.png", self.history, ("epoch", "items_per_second", "lr"))
 
     def _call(self, event: str, argument: Any) -> bool:
         return any([getattr(c, event)(self, argument) is True for c in self.callbacks if hasattr(c, event)])
@@ -598,10 +523,14 @@ class Distiller:
         path = self.folder / f"step-{self.progress.step:08d}"
         self.save(path)
         if self.accelerator.is_main_process:
-            write_history(self.folder / "history.csv", self.history)
-            for old in checkpoint.steps(self.folder)[:-keep]:
+            write_csv(self.folder / "history.csv", self.history)
+            for old in self._checkpoints()[:-keep]:
                 shutil.rmtree(old)
         return self._call("on_checkpoint", path)
+
+    def _checkpoints(self) -> list[Path]:
+        """Those in the folder, the newest last."""
+        return [] if self.folder is None else storage.numbered(self.folder, "step-")
 
     def save(self, path: str | Path) -> None:
         """Writes a checkpoint, a folder of safetensors and JSON that is there whole or not at all.
@@ -613,24 +542,15 @@ class Distiller:
         accelerator, scaler = self.accelerator, self.accelerator.scaler
         state = {
             "models": {name: accelerator.get_state_dict(model) for name, model in self._ready.items()},
-            "updates": [
-                {
-                    "objective": u.objective.state_dict(),
-                    "optimizer": [o.state_dict() for o in u.optimizer],
-                    "scheduler": [s.state_dict() for s in u.scheduler],
-                }
-                for u in self.updates
-            ],
+            "updates": [[part.state_dict() for part in _parts(update)] for update in self.updates],
             "progress": asdict(self.progress),
             "best": self.best, "worse": self._worse, "monitor": self._monitor,
             "history": json.dumps(self.history),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "processes": gather_object(
-                [self._restart or {"now": self._state(), "epoch_start": self._epoch_start}]
-            ),
+            "processes": gather_object([self.position.state_dict()]),
         }  # fmt: skip
         if accelerator.is_main_process:
-            checkpoint.save(Path(path), state)
+            storage.save(Path(path), state)
         accelerator.wait_for_everyone()
 
     def resume(self, path: str | Path | None = None) -> bool:
@@ -646,108 +566,52 @@ class Distiller:
             FileNotFoundError: `path` holds no checkpoint.
             ValueError: It can't be read, or is of other models, another objective or fewer processes.
         """
-        if path is None:
-            if self.folder is None:
-                raise ValueError("resume needs a path, or a Distiller with a folder")
-            found = checkpoint.steps(self.folder)
-            if not found:
-                return False
-            path = found[-1]
-        state = checkpoint.load(Path(path))
+        if path is None and self.folder is None:
+            raise ValueError("resume needs a path, or a Distiller with a folder")
+        found = self._checkpoints() if path is None else [Path(path)]
+        if not found:
+            return False
+        state = storage.load(found[-1])
         self._prepare()
         try:
             for name, model in self.models.items():
                 model.load_state_dict(state["models"][name])
             for update, saved in zip(self.updates, state["updates"], strict=True):
-                update.objective.load_state_dict(saved["objective"])
-                update.objective.to(self.accelerator.device)
-                self._adopt(update)
-                for kind in ("optimizer", "scheduler"):
-                    for each, its in zip(getattr(update, kind), saved[kind], strict=True):
-                        each.load_state_dict(its)
+                for part, its in zip(_parts(update), saved, strict=True):
+                    part.load_state_dict(its)
+                    if part is update.objective:  # which now has what an optimizer is to know
+                        part.to(self.accelerator.device)
+                        self._adopt(update)
             if state["scaler"] is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self._restart = state["processes"][self.accelerator.process_index]
-            checkpoint.set_random_state(self._restart["now"]["random"])
+            self.position.load_state_dict(state["processes"][self.accelerator.process_index])
             self.best, self._worse, self._monitor = state["best"], state["worse"], state["monitor"]
             self.history = json.loads(state["history"])
             vars(self.progress).update(state["progress"])
             self._saved = self.progress.step
         except Exception as error:
-            raise ValueError(
-                f"{path} doesn't fit these models, objective, optimizers or processes: {error}"
-            ) from error
+            problem = "doesn't fit these models, objective, optimizers or processes"
+            raise ValueError(f"{found[-1]} {problem}: {error}") from error
         return True
 
     def export(self, path: str | Path, model: str = "student") -> None:
         """Writes a trained model alone: as `save_pretrained` does where it has that, else as safetensors."""
-        module: Any = self.models[model]
-        Path(path).mkdir(parents=True, exist_ok=True)
-        if hasattr(module, "save_pretrained"):
-            module.save_pretrained(path)
-        else:
-            save_model(module, str(Path(path) / "model.safetensors"))
+        storage.export(Path(path), self.models[model])
 
 
-class _Pace:
-    """Figures between two looks at the device, the time, the bar."""
-
-    def __init__(self, distiller: Distiller) -> None:
-        self.distiller, self.bar = distiller, None  # type: Distiller, Any
-        self.clear()
-
-    def clear(self) -> None:
-        """Begins anew."""
-        self.rows: list[tuple[int, Row]] = []
-        self.items, self.since = 0, time.perf_counter()
-
-    def count(self, raws: Sequence[Batch], row: Row) -> None:
-        """Takes in a step."""
-        self.rows.append((self.distiller.progress.batch - 1, row))
-        self.items += sum(count(raw, "samples") for raw in raws)
-        self.bar.update()
-
-    def log(self) -> None:
-        """Reads the figures, and adds their means to the history."""
-        distiller = self.distiller
-        if not self.rows:
-            return
-        sums = Means()
-        for batch, row in self.rows:
-            values = {name: float(value) for name, value in row.items()}
-            distiller._check_finite(values, batch)
-            for name, value in values.items():
-                sums.add(name, value)
-        means = sums.over(distiller.accelerator.num_processes)
-        rate = self.items * distiller.accelerator.num_processes / (time.perf_counter() - self.since)
-        means |= {"items_per_second": rate, "lr": distiller.updates[0].optimizer[0].param_groups[0]["lr"]}
-        distiller.record(means)
-        shown = {k: f"{v:.4g}" for k, v in means.items() if "grad_norm" not in k}
-        self.bar.set_postfix(shown, refresh=False)
-        self.clear()
+def _optimizers(given: Any, models: Sequence[nn.Module]) -> list[Optimizer]:
+    """As given, or made, one for all models or one for each."""
+    groups: Any = [[p for p in model.parameters() if p.requires_grad] for model in models]
+    if not isinstance(given, (list, tuple)):
+        given, groups = [given], [list(dict.fromkeys(p for group in groups for p in group))]
+    if len(given) != len(groups):
+        raise ValueError(f"optimizer must be one, or one for each of {len(models)} models, got {len(given)}")
+    made = [o(group) if callable(o) else o for o, group in zip(given, groups, strict=True)]
+    if wrong := [type(o).__name__ for o in made if not isinstance(o, Optimizer)]:
+        raise TypeError(f"optimizer must be a torch optimizer, or a function that makes one, got {wrong[0]}")
+    return made
 
 
-def _made(given: Any, models: Sequence[nn.Module]) -> list[Any]:
-    """Optimizers: as given, or made, one for all models or one for each."""
-    each = [[p for p in m.parameters() if p.requires_grad] for m in models]
-    if isinstance(given, (list, tuple)):
-        if len(given) != len(models):
-            raise ValueError(
-                f"optimizer must be one, or one for each of {len(models)} models, got {len(given)}"
-            )
-        return [o(p) if callable(o) else o for o, p in zip(given, each, strict=True)]
-    made = given(list(dict.fromkeys(p for some in each for p in some))) if callable(given) else given
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch optimizer, or a function that makes one, got {made!r}")
-    return [made]
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The random generators that a loader and its samplers own."""
-    places = [loader, getattr(loader, "base_dataloader", None)]
-    for name in ("sampler", "batch_sampler", "sampler", "batch_sampler"):
-        places += [getattr(place, name, None) for place in places]
-    names = ("generator", "synchronized_generator")
-    own = [getattr(place, name, None) for place in places for name in names]
-    found = [g for g in own if isinstance(g, torch.Generator)]
-    return list({id(g): g for g in found}.values())
+def _parts(update: Update) -> list[Any]:
+    """What of it has a state."""
+    return [update.objective, *update.optimizer, *update.scheduler]

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..functional import shift_labels
+from ..integrations.models import counted, inputs, is_from_transformers, unwrap
 from ..sources import Head, Logits, Mixture
 
 # Of a batch, what is for the objective and not for the model.
 NOT_INPUTS = ("labels", "mask", "token_weights", "teacher")
-IGNORE_INDEX = -100
 Batch = dict[str, Any]
 
 
@@ -40,20 +37,7 @@ class Outputs(dict[str, Any]):
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
         return self[name]
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside data-parallel and compile wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def as_batch(raw: Any) -> Batch:
@@ -95,29 +79,7 @@ class Adaptor:
 
     def prepare(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with labels that stand beside their logits, and the mask of rows that count, or None."""
-        kind = _kind(unwrap(model))
-        labels, mask, weights = batch.get("labels"), batch.get("mask"), batch.get("token_weights")
-        shift = kind == "causal" if self.shift is None else self.shift
-        if shift:
-            labels, mask, weights = (
-                None if x is None else shift_labels(x, fill)
-                for x, fill in ((labels, IGNORE_INDEX), (mask, False), (weights, 0))
-            )
-        if (
-            mask is None
-            and isinstance(labels, Tensor)
-            and labels.dim() > 1
-            and not labels.is_floating_point()
-        ):
-            mask = labels != IGNORE_INDEX
-        elif mask is None and labels is None and kind != "samples":
-            side = "decoder_" if "decoder_input_ids" in batch else ""
-            mask = batch.get(f"{side}attention_mask")
-            if mask is None and f"{side}input_ids" in batch:
-                mask = torch.ones_like(batch[f"{side}input_ids"])
-            if mask is not None:
-                mask = mask.bool() & shift_labels(mask.bool(), False) if shift else mask.bool()
-        return {**batch, "labels": labels, "mask": mask, "token_weights": weights}
+        return {**batch, **counted(unwrap(model), batch, self.shift)}
 
     def __call__(self, model: nn.Module, raw: Batch, wants: Collection[str] = ()) -> Outputs:
         """Runs the model.
@@ -130,22 +92,15 @@ class Adaptor:
         Returns:
             Its outputs by name.
         """
-        inner: Any = unwrap(model)
         if self.call is not None:
             return named(self.call(model, raw))
-        config: Any = getattr(inner, "config", None)
-        if not hasattr(config, "model_type"):
-            if "inputs" in raw:
-                return named(model(raw["inputs"]))
-            return named(model(**{k: v for k, v in raw.items() if k not in NOT_INPUTS}))
-        kind: Any = type(inner)
-        known = _parameters(kind)
-        inputs = {k: v for k, v in raw.items() if k in known and k not in NOT_INPUTS}
-        if config.is_encoder_decoder and "decoder_input_ids" not in inputs and "labels" in raw:
-            inputs["decoder_input_ids"] = inner.prepare_decoder_input_ids_from_labels(labels=raw["labels"])
-        for name in {"hidden_states", "attentions"} & {*wants}:
-            inputs[f"output_{name}"] = True
-        return named(model(**inputs))
+        inner = unwrap(model)
+        if is_from_transformers(inner):
+            known = {k: v for k, v in raw.items() if k == "labels" or k not in NOT_INPUTS}
+            return named(model(**inputs(inner, known, wants)))
+        if "inputs" in raw:
+            return named(model(raw["inputs"]))
+        return named(model(**{k: v for k, v in raw.items() if k not in NOT_INPUTS}))
 
 
 def named(result: Any) -> Outputs:
@@ -170,21 +125,3 @@ def detached(x: Any) -> Any:
 def on_device(x: Any, device: torch.device) -> Any:
     """Likewise, on a device."""
     return x.to(device) if isinstance(x, Tensor) else pytree.tree_map_only(Tensor, lambda t: t.to(device), x)
-
-
-def _kind(model: nn.Module) -> str:
-    """What a row of a model's logits is, by the name of its class."""
-    name, config = type(model).__name__, getattr(model, "config", None)
-    if name.endswith("ForConditionalGeneration"):
-        return "tokens" if getattr(config, "is_encoder_decoder", True) else "causal"
-    own = name.startswith(("XLNet", "XLM", "Flaubert"))  # whose labels stand where their logits do
-    if name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")):
-        return "tokens" if own else "causal"
-    return (
-        "tokens" if name.endswith(("ForMaskedLM", "ForPreTraining", "ForTokenClassification")) else "samples"
-    )
-
-
-@lru_cache(maxsize=256)
-def _parameters(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)

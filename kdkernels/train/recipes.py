@@ -17,8 +17,9 @@ from torch import nn
 
 from ..divergences import DKD, BinaryKL, LogitMSE
 from ..noise import LogitNoise
-from .distiller import Distiller, Row, Update
-from .objective import Objective, Term, Weight, warm_up
+from .distiller import Distiller, Update
+from .objective import Objective, Term, Weight
+from .records import Row
 from .teachers import Ensemble
 from .terms import (
     AttentionScores,
@@ -31,6 +32,7 @@ from .terms import (
     MultiLabel,
     Projectors,
     SoftTargets,
+    warm_up,
 )  # fmt: skip
 
 

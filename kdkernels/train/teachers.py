@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..integrations.models import evaluating
 from ..sources import Mixture
 from .outputs import Adaptor, Batch, Outputs, detached, named
 
@@ -62,16 +63,3 @@ def ask(
             with evaluating([teacher]) if teacher in shared else nullcontext():
                 return adaptor(teacher, batch, wants)
         return Outputs({name: detached(x) for name, x in named(teacher(batch)).items()})
-
-
-@contextmanager
-def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it, modules are in eval mode; afterwards each is in the mode that it was in."""
-    training = [m for model in models for m in model.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

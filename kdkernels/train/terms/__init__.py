@@ -3,6 +3,7 @@
 from .features import AttentionTransfer, CosineHidden, Embeddings, HiddenStates, Hint, Projectors
 from .logits import HardLabels, LogitMatch, MultiLabel, SoftTargets, accuracy
 from .scores import AttentionScores
+from .weights import linear, warm_up
 
 __all__ = [
     "AttentionScores",
@@ -17,4 +18,6 @@ __all__ = [
     "Projectors",
     "SoftTargets",
     "accuracy",
+    "linear",
+    "warm_up",
 ]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ...divergences import DKD, BinaryKL, LogitMSE
 from ...functional import check_options, kd_loss, kd_loss_with_stats
+from ...integrations.models import IGNORE_INDEX
 from ...sources import Head, Logits
 from ..objective import Over, Step, Term, Weight
-from ..outputs import IGNORE_INDEX, detached
+from ..outputs import detached
 
 
 class _LogitTerm(Term):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...integrations.models import unwrap
 from ..objective import Step, Weight
-from ..outputs import unwrap
 from .features import Pairs, TokenTerm
 
 

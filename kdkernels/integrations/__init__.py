@@ -1,0 +1,1 @@
+"""How kdkernels meets other libraries' models and trainers."""

@@ -1,0 +1,109 @@
+"""Models of others: in wrappers, in eval mode for a while; those of `transformers`, how they are called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import shift_labels
+
+IGNORE_INDEX = -100
+Rows = Literal["causal", "tokens", "samples"]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel and compile wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def is_from_transformers(model: nn.Module) -> bool:
+    """Whether it is one, by its config, so that the package needn't be there."""
+    return hasattr(getattr(model, "config", None), "model_type")
+
+
+def rows(model: nn.Module) -> Rows:
+    """What a row of its logits is, by the name of its class: a token, the token after it, or a sample."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    own = name.startswith(("XLNet", "XLM", "Flaubert"))  # whose labels stand where their logits do
+    if name.endswith("ForConditionalGeneration"):
+        return "tokens" if getattr(config, "is_encoder_decoder", True) else "causal"
+    if name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")):
+        return "tokens" if own else "causal"
+    by_token = name.endswith(("ForMaskedLM", "ForPreTraining", "ForTokenClassification"))
+    return "tokens" if by_token else "samples"
+
+
+def inputs(model: Any, batch: Mapping[str, Any], wants: Collection[str] = ()) -> dict[str, Any]:
+    """The entries of a batch that its forward knows, without labels, so that it makes no loss of its own.
+
+    Args:
+        model: It, out of wrappers.
+        batch: Its entries.
+        wants: What it is asked for beyond logits: `hidden_states`, `attentions`.
+    """
+    kind: Any = type(model)
+    known = _parameters(kind) - {"labels"}
+    found = {name: x for name, x in batch.items() if name in known}
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in found and "labels" in batch:
+        found["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    return found | {f"output_{name}": True for name in ("hidden_states", "attentions") if name in wants}
+
+
+def counted(model: nn.Module, batch: Mapping[str, Any], shift: bool | None = None) -> dict[str, Any]:
+    """Labels, mask and token weights of a batch, beside the rows of logits that they are for.
+
+    Args:
+        model: It, out of wrappers.
+        batch: `labels`, `mask` and `token_weights` as they are of tokens or samples, and the model's inputs.
+        shift: Whether those are moved to the logits that predict them; None for whether it is a causal LM.
+
+    Returns:
+        Those three; the mask, where none was given, is of labels by token that aren't -100; without labels,
+        for a language model, of tokens that aren't padding; else None, for all.
+    """
+    kind, (labels, mask, weights) = rows(model), map(batch.get, ("labels", "mask", "token_weights"))
+    shift = kind == "causal" if shift is None else shift
+    if shift:
+        given = (labels, IGNORE_INDEX), (mask, False), (weights, 0)
+        labels, mask, weights = (None if x is None else shift_labels(x, fill) for x, fill in given)
+    by_token = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
+    if mask is None and isinstance(labels, Tensor) and by_token:
+        mask = labels != IGNORE_INDEX
+    elif mask is None and labels is None and kind != "samples":
+        side = "decoder_" if "decoder_input_ids" in batch else ""
+        mask, ids = batch.get(f"{side}attention_mask"), batch.get(f"{side}input_ids")
+        if mask is None and ids is not None:
+            mask = torch.ones_like(ids)
+        if mask is not None:
+            mask = mask.bool() & shift_labels(mask.bool(), False) if shift else mask.bool()
+    return {"labels": labels, "mask": mask, "token_weights": weights}
+
+
+@contextmanager
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, modules are in eval mode; afterwards each is in the mode that it was in."""
+    training = [m for model in models for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@lru_cache(maxsize=256)
+def _parameters(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
