@@ -68,6 +68,21 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+def interrupted(folder: Path | None) -> Tensor:
+    """Weights after five steps over shuffled data; with a folder, in two fits, the first within an epoch."""
+    for steps in (5,) if folder is None else (3, 5):
+        torch.manual_seed(0)
+        student, teacher = net(8), net(12)
+        distiller = Distiller(
+            student, teacher, Objective(soft=SoftTargets()), lambda p: torch.optim.SGD(p, 0.5), folder=folder
+        )
+        torch.manual_seed(1)
+        if steps == 5 and folder is not None:
+            assert distiller.resume() and distiller.progress.batch == 1
+        distiller.fit(DataLoader(data(), 4, shuffle=True), steps=steps, progress=False)
+    return torch.cat([p.detach().flatten() for p in student.parameters()])
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -83,6 +98,8 @@ def process(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     for name, case in CASES.items():
         save_file(fit(**case), Path(folder) / f"{name} {rank}")
+    found = {"whole": interrupted(None), "in two": interrupted(Path(folder) / "fit")}
+    save_file(found, Path(folder) / f"interrupted {rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -108,3 +125,10 @@ def test_processes_give_what_one_gives(case: str, folder: Path, alone: dict[str,
             torch.testing.assert_close(
                 x, alone[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def test_processes_go_on_where_they_were(folder: Path) -> None:
+    """In the same order of the data, which all of them shuffle alike, to the bit."""
+    for rank in (0, 1):
+        found = load_file(folder / f"interrupted {rank}")
+        assert torch.equal(found["whole"], found["in two"])
