@@ -864,3 +864,56 @@ def test_a_teacher_that_is_false_is_a_teacher() -> None:
     assert distiller.fit([torch.randn(5, 4)], steps=1, progress=False)[-1]["soft"] > 0
     with pytest.raises(ValueError, match="an ensemble must have a teacher"):
         Distiller(nn.Linear(4, 4), [], Objective(soft=SoftTargets()))
+
+
+def test_a_term_runs_models_on_other_entries() -> None:
+    """As a function of them: the student's weights get gradients, the teacher's and others' get none."""
+    student, teacher = pair()
+    x, _ = samples().tensors
+    seen: dict[str, Any] = {}
+
+    def term(step: Step) -> Tensor:
+        with torch.enable_grad():
+            moved = (step.batch["inputs"] + 1.0).requires_grad_()
+            z, v = (step.run(name, inputs=moved)["logits"] for name in ("student", "teacher"))
+            (slope,) = torch.autograd.grad(v.sum(), moved, create_graph=True)
+        seen.update(z=z, v=v, slope=slope, usual=step.student["logits"])
+        return (z - v).pow(2).mean() + slope.detach().mean()
+
+    distiller = Distiller(student, teacher, Objective(mine=term), sgd)
+    before = parameters(student), parameters(teacher)
+    wanted = student(x + 1.0), teacher(x + 1.0), student(x)
+    distiller.fit([x], steps=1, progress=False)
+    for name, want in zip(("z", "v", "usual"), wanted, strict=True):
+        torch.testing.assert_close(seen[name], want)
+    assert not same(parameters(student), before[0]) and same(parameters(teacher), before[1])
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    assert distiller.evaluate([x])["mine"] > 0  # where nothing is trained, too
+
+
+def test_a_callback_changes_what_is_trained_on() -> None:
+    class Doubled:
+        def on_batch(self, distiller: Distiller, batch: Any) -> Any:
+            return {**batch, "inputs": 2 * batch["inputs"]}
+
+    x, y = samples().tensors
+    results = []
+    for data, callbacks in (((2 * x, y), ()), ((x, y), [Doubled()])):
+        student, teacher = pair()
+        Distiller(student, teacher, objective(), sgd, callbacks=callbacks).fit(
+            [data], steps=2, progress=False
+        )
+        results.append(parameters(student))
+    assert same(*results)
+
+
+def test_an_ensemble_answers_as_its_class_says() -> None:
+    class First(Ensemble):
+        def answer(self, batch: Any, ask: Any) -> Any:
+            return ask(self.teachers[0], batch)
+
+    student, teacher = pair()
+    x, _ = samples().tensors
+    goals = Objective(soft=SoftTargets())
+    rows = [Distiller(student, t, goals).evaluate([x]) for t in (teacher, First([teacher, net(3)]))]
+    assert rows[0] == rows[1]

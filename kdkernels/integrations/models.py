@@ -104,6 +104,19 @@ def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def constant(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, no parameter of the modules gets a gradient, though what they are given may."""
+    learning = [p for model in models for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
 @lru_cache(maxsize=256)
 def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)

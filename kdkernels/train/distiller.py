@@ -20,14 +20,14 @@ from torch.optim import AdamW, Optimizer
 
 from .. import storage
 from ..files import write_csv
-from ..integrations.models import evaluating
+from ..integrations.models import constant, evaluating
 from ..pictures import draw_curves
 from .capture import Capture
 from .objective import Function, Objective, Progress, Step, Term, count
-from .outputs import Adaptor, Batch, Outputs, as_batch, on_device
+from .outputs import Adaptor, Batch, Outputs, as_batch, detached, named, on_device
 from .position import Position
 from .records import Means, Pace, Row, check_finite
-from .teachers import Ensemble, Stored, ask, modules_of
+from .teachers import Ensemble, Stored, modules_of
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
@@ -86,7 +86,8 @@ class Distiller:
         clip: Largest norm of the gradient, or None.
         metrics: By name, functions of a `Step` whose means `evaluate` adds.
         callbacks: Objects with any of `on_step(distiller, row)`, `on_evaluation(distiller, row)` and
-            `on_checkpoint(distiller, path)`; one that returns True ends the fit.
+            `on_checkpoint(distiller, path)`, where one that returns True ends the fit, and
+            `on_batch(distiller, batch)`, which gives the batch that is trained on instead.
         folder: Where checkpoints, `history.csv` and `curves.png` go; None for nowhere.
 
     Raises:
@@ -219,27 +220,44 @@ class Distiller:
 
     # One step
 
-    def _outputs(self, raw: Batch, trains: Sequence[str], known: dict[str, Outputs], name: str) -> Outputs:
-        """Of a model on a batch: with gradients if it is trained here."""
-        if name in known:
+    def _outputs(
+        self, raw: Batch, trains: Sequence[str], known: dict[str, Outputs], name: str, entries: Any = None
+    ) -> Outputs:
+        """Of a model on a batch: with gradients if it is trained here; or on other entries, as a function."""
+        again = entries is not None
+        if name in known and not again:
             return known[name]
         model: Any = self._ready.get(name, self.teachers.get(name))
         if model is None:
             raise KeyError(f"there is no model {name!r}, only {', '.join([*self._ready, *self.teachers])}")
-        recorders = self._recorders if isinstance(model, nn.Module) else []
-        with ExitStack() as stack, torch.set_grad_enabled(name in trains):
+        recorders, wants = self._recorders if isinstance(model, nn.Module) else [], self._wants[name]
+        with ExitStack() as stack, torch.set_grad_enabled(again or name in trains):
+            if again:  # wrappers expect one pass for every backward
+                model, raw = self.models.get(name, model), {**raw, **entries}
+                stack.enter_context(constant([] if name in trains else modules_of(model)))
             found = [stack.enter_context(term.around(name, model)) for term in recorders]
             if name in self._ready:
-                outputs = self.adaptor(model, raw, self._wants[name])
+                outputs = self.adaptor(model, raw, wants)
             else:
-                outputs = ask(model, raw, self.adaptor, self._wants[name], self._shared)
+                outputs = self._ask(wants, again, model, raw)
                 # For the next update of this step, before which a shared teacher changes.
-                if len(self.updates) > 1 and not self._shared:
+                if len(self.updates) > 1 and not self._shared and not again:
                     known[name] = outputs
         for more in (*found, *([self._captures[name].take()] if name in self._captures else [])):
             outputs.update(more)
         outputs.of = name
         return outputs
+
+    def _ask(self, wants: set[str], gradients: bool, teacher: Any, raw: Batch) -> Outputs:
+        """A teacher's outputs, in eval mode; constants, or with `gradients` a function of the batch."""
+        with torch.set_grad_enabled(gradients):
+            if isinstance(teacher, Ensemble):
+                return teacher.answer(raw, partial(self._ask, wants, gradients))
+            if isinstance(teacher, nn.Module):
+                with evaluating([teacher] if teacher in self._shared else []):
+                    return self.adaptor(teacher, raw, wants)
+            outputs = named(teacher(raw))
+            return outputs if gradients else Outputs((k, detached(x)) for k, x in outputs.items())
 
     def _seen(self, update: Update, given: Sequence[_Given], trains: Sequence[str]) -> Iterator[Step]:
         """What terms see of every batch, with what all of them count, over processes, for each process."""
@@ -417,6 +435,8 @@ class Distiller:
                 for group in self.position.groups(loader, self.accumulate):
                     now.fraction = now.step / goal if goal else 0.0
                     raws = [self._placed(raw) for raw in group]
+                    for callback in (c for c in self.callbacks if hasattr(c, "on_batch")):
+                        raws = [callback.on_batch(self, raw) for raw in raws]
                     row = self._step(raws, grad_norms and (now.step + 1) % log_every == 0)
                     now.step, now.batch = now.step + 1, now.batch + len(raws)
                     pace.count(row, sum(count(raw, "samples") for raw in raws))

@@ -44,7 +44,7 @@ class Step:
     """
 
     def __init__(
-        self, batch: Batch, run: Callable[[str], Outputs], progress: Progress, totals: dict[str, Any]
+        self, batch: Batch, run: Callable[..., Outputs], progress: Progress, totals: dict[str, Any]
     ) -> None:
         self.batch, self.progress, self._run, self._totals = batch, progress, run, totals
         self._outputs: dict[str, Outputs] = {}
@@ -54,6 +54,14 @@ class Step:
         if model not in self._outputs:
             self._outputs[model] = self._run(model)
         return self._outputs[model]
+
+    def run(self, model: str, /, **entries: Any) -> Outputs:
+        """Outputs of a model on the batch with other entries, as a function of them: `inputs=x` of x.
+
+        Gradients go to what requires them there, and to the model if this update trains it; no teacher's
+        parameter gets one.
+        """
+        return self._run(model, entries)
 
     @property
     def student(self) -> Outputs:

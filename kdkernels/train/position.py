@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from ..randomness import generators_of, random_state, set_random_state
 from .objective import Progress
 
 
@@ -38,7 +37,7 @@ class Position:
 
     def groups(self, loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
         """So many batches at a time, of one epoch; first from where a resumed fit was."""
-        self._own = _generators(loader)
+        self._own = generators_of(loader)
         restart, self._restart = self._restart, None
         if restart is None:
             self.progress.batch = 0  # an earlier fit may have ended within an epoch
@@ -51,7 +50,7 @@ class Position:
         if restart is not None and restart["epoch_start"]:
             for _ in islice(batches, self.progress.batch):
                 pass
-            _set_random(restart["now"]["random"])
+            set_random_state(restart["now"]["random"])
         while group := list(islice(batches, size)):
             yield group
 
@@ -66,37 +65,12 @@ class Position:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Random states are as they were at once, the place in the data when it is next gone through."""
         self._restart = state
-        _set_random(state["now"]["random"])
+        set_random_state(state["now"]["random"])
 
     def _get(self) -> dict[str, Any]:
-        return {"random": _random(), "generators": [generator.get_state() for generator in self._own]}
+        return {"random": random_state(), "generators": [generator.get_state() for generator in self._own]}
 
     def _set(self, state: dict[str, Any]) -> None:
-        _set_random(state["random"])
+        set_random_state(state["random"])
         for generator, its in zip(self._own, state["generators"], strict=False):
             generator.set_state(its)
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The random generators that a loader and its samplers own."""
-    places = [loader, getattr(loader, "base_dataloader", None)]
-    for name in ("sampler", "batch_sampler", "sampler", "batch_sampler"):
-        places += [getattr(place, name, None) for place in places]
-    names = ("generator", "synchronized_generator")
-    own = [getattr(place, name, None) for place in places for name in names]
-    return list({id(g): g for g in own if isinstance(g, torch.Generator)}.values())
-
-
-def _random() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's global generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy: Any = np.random.get_state()
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..integrations.models import evaluating
 from ..sources import Mixture
-from .outputs import Adaptor, Batch, Outputs, detached, named
+from .outputs import Batch, Outputs
 
 # A module, a function of the batch that gives a source of logits or named outputs, or an `Ensemble` of those.
 Teacher = nn.Module | Callable[[Batch], Any]
@@ -29,6 +26,10 @@ class Ensemble:
         if not teachers:
             raise ValueError("an ensemble must have a teacher, got none")
         self.teachers, self.weights = list(teachers), weights
+
+    def answer(self, batch: Batch, ask: Callable[[Teacher, Batch], Outputs]) -> Outputs:
+        """Outputs of all as one, each `ask`ed on a batch."""
+        return Outputs(logits=Mixture([ask(t, batch)["logits"] for t in self.teachers], self.weights))
 
 
 class Stored:
@@ -49,17 +50,3 @@ def modules_of(teacher: Any) -> list[nn.Module]:
     if isinstance(teacher, Ensemble):
         return [module for each in teacher.teachers for module in modules_of(each)]
     return [teacher] if isinstance(teacher, nn.Module) else []
-
-
-def ask(
-    teacher: Any, batch: Batch, adaptor: Adaptor, wants: Collection[str], shared: Collection[nn.Module]
-) -> Outputs:
-    """A teacher's outputs on a batch as the loader gave it; `shared` ones are in eval mode only now."""
-    with torch.no_grad():
-        if isinstance(teacher, Ensemble):
-            each = [ask(t, batch, adaptor, wants, shared)["logits"] for t in teacher.teachers]
-            return Outputs(logits=Mixture(each, teacher.weights))
-        if isinstance(teacher, nn.Module):
-            with evaluating([teacher]) if teacher in shared else nullcontext():
-                return adaptor(teacher, batch, wants)
-        return Outputs({name: detached(x) for name, x in named(teacher(batch)).items()})
