@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score, f1_score
 from torch import Tensor, nn
 
-from benchmarks import strategies_plan as plan
+from benchmarks import strategies_claims as plan
 from kdkernels.train import (
     Distiller,
     HardLabels,

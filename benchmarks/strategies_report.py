@@ -21,7 +21,7 @@ UNITS = {
 
 
 def judged(claims: Mapping[str, plan.Claim], found: Found) -> dict[str, dict[str, Any]]:
-    """The analysis of every claim; Holm's family is all claims of the plan, also where some were run."""
+    """The analysis of every claim; Holm's family is all claims of its plan, also where some were run."""
 
     def figures(experiment: str, arm: str, metric: str) -> list[float]:
         return [cell["metrics"][metric] for cell in found[experiment, arm]]
@@ -32,7 +32,10 @@ def judged(claims: Mapping[str, plan.Claim], found: Found) -> dict[str, dict[str
         control = figures(claim.experiment, claim.control, claim.control_metric or claim.metric)
         compared[name] = paired(strategy, control)
         sides[name] = {"strategy_mean": interval(strategy)[0], "control_mean": interval(control)[0]}
-    adjusted = holm({name: pair.p for name, pair in compared.items()}, family=len(plan.CLAIMS))
+    adjusted = {}
+    for number in dict.fromkeys(claim.plan for claim in claims.values()):
+        family = [name for name, claim in plan.CLAIMS.items() if claim.plan == number]
+        adjusted |= holm({n: compared[n].p for n in family if n in compared}, family=len(family))
     return {
         name: {
             **asdict(claim),
@@ -129,8 +132,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         f"{len(seeds)} seeds, each another draw of training rows and another initialisation; {tuned}. "
         "Figures are of a test split that nothing else used.",
         "Difference: strategy − control, paired seed by seed, with its 95 % t interval; d is its mean over "
-        "its standard deviation. p is of the paired t-test, after Holm's correction over all "
-        f"{len(plan.CLAIMS)} claims of the plan. Differences of per cents are in points.",
+        "its standard deviation. p is of the paired t-test, after Holm's correction over all the "
+        "claims of a plan. Differences of per cents are in points.",
         f"Verdicts: {REPRODUCED}, the corrected p is below 0.05 and the difference has the claimed sign; "
         f"{OPPOSITE}, it has the other; {NULL}, neither, or fewer than {SEEDS} seeds.",
         "The papers' figures are of other data and larger nets: what is compared is the sign. The test split "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
-from benchmarks import strategies_plan as plan
+from benchmarks import strategies_claims as plan
 from benchmarks.strategies_fits import Lab, Metrics, adamw, carried_out, is_test, seeded
 from kdkernels.train import Distiller, HardLabels, Objective, recipes
 
