@@ -43,6 +43,7 @@ class Update:
         scheduler: A learning-rate scheduler, or a function that makes one of every optimizer, or None.
         trains: Names of the models that get gradients; the others' outputs have none.
         name: What its figures are logged under, where there are several.
+        select: In training, the part of a batch that it is of: a function of the batch to a batch.
     """
 
     objective: Objective
@@ -50,6 +51,7 @@ class Update:
     scheduler: Any = None
     trains: tuple[str, ...] = ("student",)
     name: str = ""
+    select: Callable[[Batch], Batch] | None = None
 
     def named(self, term: str) -> str:
         """What a figure of it is called."""
@@ -277,8 +279,9 @@ class Distiller:
 
     def _step(self, raws: Sequence[Batch], grad_norms: bool) -> Row:
         """One optimizer step; gives the values of the terms, still on the device."""
-        accelerator, row, given = self.accelerator, {}, self._given(raws)  # type: Accelerator, Row, list[_Given]
+        accelerator, row, whole = self.accelerator, {}, self._given(raws)  # type: Accelerator, Row, list[_Given]
         for update in self.updates:
+            given = self._given(map(update.select, raws)) if update.select else whole
             for n, step in enumerate(self._seen(update, given, update.trains)):
                 last = n == len(raws) - 1
                 with ExitStack() as stack:
@@ -418,10 +421,13 @@ class Distiller:
             return now.step >= steps if steps is not None else now.epoch >= (epochs or 0)
 
         with ExitStack() as stack:
-            for model in (m for m in self._ready.values() if not m.training):
-                stack.callback(model.eval)
-                model.train()
-            stack.enter_context(evaluating([m for m in self._modules if m not in self._shared]))
+            trained = {name for update in self.updates for name in update.trains}
+            for name in (name for name in trained if not self._ready[name].training):
+                stack.callback(self._ready[name].eval)
+                self._ready[name].train()
+            fixed = [m for m in self._modules if m not in self._shared]
+            fixed += [m for name, m in self._ready.items() if name not in trained]
+            stack.enter_context(evaluating(fixed))
             for capture in self._captures.values():
                 stack.enter_context(capture)
             stack.callback(self._draw)

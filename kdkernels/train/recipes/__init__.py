@@ -4,12 +4,18 @@ Every recipe takes a student and a teacher and gives a `Plan`: `plan.stages` are
 other, `plan.run(loader, eval_loader, epochs=...)` does it, and goes on where it was interrupted.
 """
 
+from .chains import born_again, teacher_assistants
 from .features import attention_transfer, fitnets
 from .language import copy_layers, distilbert, tinybert
 from .logits import dkd, ensemble, hinton, multilabel, noisy_student, noisy_teacher
+from .on_policy import OnPolicy, on_policy
+from .peers import codistillation, learnt_together, mutual_learning
 from .plan import Plan, Stage
+from .routing import Routed, routed
 
 __all__ = [
-    "Plan", "Stage", "attention_transfer", "copy_layers", "distilbert", "dkd", "ensemble", "fitnets",
-    "hinton", "multilabel", "noisy_student", "noisy_teacher", "tinybert",
+    "OnPolicy", "Plan", "Routed", "Stage", "attention_transfer", "born_again", "codistillation",
+    "copy_layers", "distilbert", "dkd", "ensemble", "fitnets", "hinton", "learnt_together", "multilabel",
+    "mutual_learning", "noisy_student", "noisy_teacher", "on_policy", "routed", "teacher_assistants",
+    "tinybert",
 ]  # fmt: skip

@@ -1,9 +1,9 @@
 """The terms of objectives."""
 
 from .features import AttentionTransfer, CosineHidden, Embeddings, HiddenStates, Hint, Projectors
-from .logits import HardLabels, LogitMatch, MultiLabel, SoftTargets, accuracy
+from .logits import HardLabels, LogitMatch, MultiLabel, SoftTargets, accuracy, churn
 from .scores import AttentionScores
-from .weights import linear, warm_up
+from .weights import after, linear, warm_up
 
 __all__ = [
     "AttentionScores",
@@ -18,6 +18,8 @@ __all__ = [
     "Projectors",
     "SoftTargets",
     "accuracy",
+    "after",
+    "churn",
     "linear",
     "warm_up",
 ]

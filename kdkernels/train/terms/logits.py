@@ -190,9 +190,20 @@ class MultiLabel(HardLabels):
         self._seen = True
 
 
-def accuracy(step: Step) -> Tensor:
-    """A metric: of labelled rows that count, those whose label is the student's most probable class."""
-    right = step.student["logits"].argmax(-1) == step.labels
+def accuracy(step: Step, model: str = "student") -> Tensor:
+    """A metric: of labelled rows that count, those whose label is the model's most probable class."""
+    right = step[model]["logits"].argmax(-1) == step.labels
     labelled = step.labels != IGNORE_INDEX
     labelled = labelled if step.mask is None else labelled & step.mask
     return (right & labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def churn(step: Step, first: str, second: str) -> Tensor:
+    """A metric: of the rows that count, those for which two models' most probable classes differ.
+
+    Source: Anil et al., "Large scale distributed neural network training through online distillation", 2018,
+        section 3.5, there of two models that were trained alike.
+    """
+    differ = step[first]["logits"].argmax(-1) != step[second]["logits"].argmax(-1)
+    counts = torch.ones_like(differ) if step.mask is None else step.mask
+    return (differ & counts).sum() / counts.sum().clamp(min=1)

@@ -22,3 +22,10 @@ def linear(start: float, end: float, until: float = 1.0) -> Weight:
     if not 0 < until <= 1:
         raise ValueError(f"until must be a fraction of the fit in (0, 1], got {until}")
     return lambda now: start + (end - start) * min(now.fraction / until, 1.0)
+
+
+def after(steps: int, weight: float = 1.0) -> Weight:
+    """A weight that is 0 in the first steps, whose term is then not computed, and constant afterwards."""
+    if steps < 0:
+        raise ValueError(f"steps must be a number of steps >= 0, got {steps}")
+    return lambda now: weight if now.step >= steps else 0.0
