@@ -189,7 +189,9 @@ def carried_out(plan: Plan, loader: Sequence[Any], steps: int) -> Metrics:
     except NonFiniteLoss:
         return {"diverged": 1.0}
     finally:
-        plan.student.eval()
+        several = isinstance(plan.student, dict)
+        for model in plan.student.values() if several else [plan.student]:
+            model.eval()
     return {}
 
 

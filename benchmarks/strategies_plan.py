@@ -13,6 +13,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
+from benchmarks import strategies_several
 from benchmarks.strategies_claims import (
     HARD,
     RATES,
@@ -303,6 +304,7 @@ def _many() -> dict[str, Experiment]:
 
 EXPERIMENTS: dict[str, Experiment] = {
     **_hinton(), **_agreement(), **_dkd(), **_noise(), **_features(), **_text(), **_many(),
+    **strategies_several.EXPERIMENTS,
 }  # fmt: skip
 
 CLAIMS: dict[str, Claim] = {
@@ -432,6 +434,7 @@ CLAIMS: dict[str, Claim] = {
     "transfer.labels": Claim(
         "Beside soft targets, labels help.", "transfer", "held_out", "unlabelled_50"
     ),
+    **strategies_several.CLAIMS,
 }  # fmt: skip
 
 

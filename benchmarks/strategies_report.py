@@ -17,6 +17,7 @@ UNITS = {
     "biased_recall_3": "recall of threes with a bias, %",
     "micro_f1": "micro-F1, %",
     "variance": "gradient variance / squared norm",
+    "on_own_answers": "−KL(q‖p) on own answers, bits a byte",
 }
 
 

@@ -6,6 +6,7 @@ Files are split, not bytes: of every five, in order of their names, one is for t
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -83,25 +84,31 @@ def masked_accuracy(net: nn.Module, part: str) -> float:
     return 100.0 * right / count
 
 
-def teacher_of(lab: Lab) -> nn.Module:
-    """Four layers, one teacher for all seeds; it is kept, and an interrupted training goes on."""
+def kept_teacher(
+    lab: Lab, kind: str, net: Callable[[], nn.Module], batches: Callable[[int], Any]
+) -> nn.Module:
+    """One teacher for all seeds, trained on its labels; it is kept, and an interrupted training goes on."""
 
     def make() -> nn.Module:
-        net, steps = seeded(1000, lambda: bert(4)), lab.steps(TEACHER_STEPS)
+        made, steps = seeded(1000, net), lab.steps(TEACHER_STEPS)
         schedule = partial(
             torch.optim.lr_scheduler.OneCycleLR, max_lr=TEACHER_RATE, total_steps=steps, pct_start=0.1
         )
         distiller = Distiller(
-            net, objective=Objective(hard=HardLabels()), optimizer=adamw(TEACHER_RATE), scheduler=schedule,
-            clip=1.0, folder=lab.folder / f"text-teacher-{plan.VERSION}-{steps}",
+            made, objective=Objective(hard=HardLabels()), optimizer=adamw(TEACHER_RATE), scheduler=schedule,
+            clip=1.0, folder=lab.folder / f"{kind}-teacher-{plan.VERSION}-{steps}",
         )  # fmt: skip
         distiller.resume()
         if distiller.progress.step < steps:
-            loader = masked("train", steps, seed=6)
-            distiller.fit(loader, steps=steps, save_every=200, keep=1, progress=False)
-        return net.eval()
+            distiller.fit(batches(steps), steps=steps, save_every=200, keep=1, progress=False)
+        return made.eval()
 
-    return lab.teacher("text", 0, make)
+    return lab.teacher(kind, 0, make)
+
+
+def teacher_of(lab: Lab) -> nn.Module:
+    """Four layers, of masked bytes."""
+    return kept_teacher(lab, "text", lambda: bert(4), lambda steps: masked("train", steps, seed=6))
 
 
 def language(
