@@ -3,6 +3,7 @@
 from .custom import check_divergence, register_divergence
 from .divergences import DKD, JSD, AlphaBeta, BinaryKL, LogitMSE, SkewKL, SkewReverseKL, gkd
 from .functional import Explanation, KDStats, explain, kd_loss, kd_loss_with_stats, shift_labels
+from .integrations import hf
 from .modules import KDLoss
 from .noise import LogitNoise
 from .sources import Head, Logits, Mixture
@@ -25,6 +26,7 @@ __all__ = [
     "check_divergence",
     "explain",
     "gkd",
+    "hf",
     "kd_loss",
     "kd_loss_with_stats",
     "register_divergence",

@@ -106,6 +106,11 @@ class Head:
                 if isinstance(part, Tensor) and part.requires_grad:
                     object.__setattr__(self, name, part.detach())
 
+    def logits(self) -> Tensor:
+        """The logits that it stands for, `[..., V]`, scaled and capped; differentiable, all made at once."""
+        z = _projection("this", self).logits() * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
     def to(self, *args: Any, **kwargs: Any) -> Head:
         """The same source with its tensors moved or cast as `Tensor.to` does."""
         return self._each(lambda x: x.to(*args, **kwargs))

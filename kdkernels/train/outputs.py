@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..integrations import hf
 from ..integrations.models import counted, inputs, is_from_transformers, unwrap
 from ..sources import Head, Logits, Mixture
 
@@ -24,13 +25,22 @@ class MissingOutput(KeyError, AttributeError):
 class Outputs(dict[str, Any]):
     """The named tensors of a model's forward pass, and what was captured in it.
 
-    `logits` is whatever `kd_loss` takes: a tensor, `kd.Logits`, `kd.Head`, of a teacher `kd.Mixture`. A name
-    that isn't there is a KeyError that lists those that are.
+    `logits` is whatever `kd_loss` takes: a tensor, `kd.Logits`, `kd.Head`, of a teacher `kd.Mixture`; where
+    there is a `head` instead, logits are made of it when they are asked for. A name that isn't there is a
+    KeyError that lists those that are.
     """
 
     of = "model"
 
+    @property
+    def source(self) -> Any:
+        """What `kd_loss` is given: the head where there is one."""
+        return self["head" if "head" in self else "logits"]
+
     def __missing__(self, name: str) -> Any:
+        if name == "logits" and "head" in self:
+            self[name] = self["head"].logits()
+            return self[name]
         raise MissingOutput(
             f"the {self.of} gave no {name!r}, only {', '.join(map(repr, self)) or 'nothing'}: let the "
             "adaptor name it, or capture a module by its name"
@@ -60,7 +70,8 @@ class Adaptor:
 
     A model of `transformers` gets the batch's entries that its forward knows, without labels, so that it
     makes no loss of its own; any other gets `batch["inputs"]`, or every entry by name where there is none.
-    A tensor that comes back is `logits`; so is the first of a tuple; a mapping keeps its names.
+    A tensor that comes back is `logits`; so is the first of a tuple; a mapping keeps its names. Of a language
+    model of `transformers` there is a `head` instead, by `kd.hf.head`, so that logits are not made.
 
     Of a causal LM `labels`, `mask` and `token_weights`, which are the tokens', are shifted here, once, to the
     logits that predict them. Rows that count are `batch["mask"]` where given; else, of labels for each token,
@@ -70,12 +81,11 @@ class Adaptor:
     Args:
         call: Instead of all this, `call(model, batch) -> outputs`; what it returns is named as above.
         shift: Whether labels are shifted; None for whether the model's class is a causal LM.
+        heads: Whether language models are asked for their heads; False for logits.
     """
 
-    def __init__(
-        self, call: Callable[[nn.Module, Batch], Any] | None = None, shift: bool | None = None
-    ) -> None:
-        self.call, self.shift = call, shift
+    def __init__(self, call: Any = None, shift: bool | None = None, heads: bool = True) -> None:
+        self.call, self.shift, self.heads = call, shift, heads
 
     def prepare(self, model: nn.Module, batch: Batch) -> Batch:
         """The batch with labels that stand beside their logits, and the mask of rows that count, or None."""
@@ -97,6 +107,9 @@ class Adaptor:
         inner = unwrap(model)
         if is_from_transformers(inner):
             known = {k: v for k, v in raw.items() if k == "labels" or k not in NOT_INPUTS}
+            if self.heads and hf.has_head(inner):
+                head, given = hf.outputs(model, known, wants)
+                return Outputs({k: v for k, v in named(given).items() if k != "logits"}, head=head)
             return named(model(**inputs(inner, known, wants)))
         if "inputs" in raw:
             return named(model(raw["inputs"]))

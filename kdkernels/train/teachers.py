@@ -29,7 +29,7 @@ class Ensemble:
 
     def answer(self, batch: Batch, ask: Callable[[Teacher, Batch], Outputs]) -> Outputs:
         """Outputs of all as one, each `ask`ed on a batch."""
-        return Outputs(logits=Mixture([ask(t, batch)["logits"] for t in self.teachers], self.weights))
+        return Outputs(logits=Mixture([ask(t, batch).source for t in self.teachers], self.weights))
 
 
 class Stored:

@@ -63,8 +63,8 @@ class _LogitTerm(Term):
         self, step: Step, stats: bool = False, soft_weight: float = 0.0, hard_weight: float = 0.0
     ) -> Any:
         """`kd_loss` of a step."""
-        student = step[self.student]["logits"]
-        teacher = detached(step[self.teacher]["logits"] if soft_weight else student)
+        student = step[self.student].source
+        teacher = detached(step[self.teacher].source if soft_weight else student)
         mask = step.mask
         if self.over != "items":
             given = step.batch.get("attention_mask") if self.over == "tokens" else None

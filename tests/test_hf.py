@@ -1,0 +1,262 @@
+"""`kd.hf.head`: the hidden states and head of models of `transformers` are their logits, in any wrapper."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import socket
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import torch.multiprocessing as mp
+import transformers
+from torch import Tensor, nn
+
+import kdkernels as kd
+from kdkernels.integrations import models
+
+V = 97
+SIZE: dict[str, Any] = {
+    "vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+SPECIAL = {name: SIZE[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+# Class of the config, what it is given, and the (scale, softcap, bias) of its logits.
+FAMILIES: dict[str, tuple[dict[str, Any], tuple[float, float | None, bool]]] = {
+    "LlamaConfig": (SIZE, (1.0, None, False)),
+    "Qwen2Config": ({**SIZE, "tie_word_embeddings": True}, (1.0, None, False)),
+    "Qwen3Config": ({**SIZE, "head_dim": 8}, (1.0, None, False)),
+    "MistralConfig": (SIZE, (1.0, None, False)),
+    "MixtralConfig": ({**SIZE, "num_local_experts": 2}, (1.0, None, False)),
+    "GemmaConfig": ({**SIZE, "head_dim": 8}, (1.0, None, False)),
+    "Gemma2Config": ({**SIZE, "head_dim": 8, "final_logit_softcapping": 5.0}, (1.0, 5.0, False)),
+    "Gemma3TextConfig": ({**SIZE, "head_dim": 8, "final_logit_softcapping": 7.0}, (1.0, 7.0, False)),
+    "GraniteConfig": ({**SIZE, "logits_scaling": 4.0}, (0.25, None, False)),  # divided
+    "CohereConfig": ({**SIZE, "logit_scale": 0.25}, (0.25, None, False)),  # multiplied
+    "Cohere2Config": ({**SIZE, "logit_scale": 0.5}, (0.5, None, False)),
+    "HyperCLOVAXConfig": ({**SIZE, "logits_scaling": 3.0}, (3.0, None, False)),  # of this name, multiplied
+    "MiniCPM3Config": ({**SIZE, "dim_model_base": 8}, (1.0, None, False)),  # hidden states are
+    "PhiConfig": (SIZE, (1.0, None, True)),
+    "Phi3Config": (SIZE, (1.0, None, False)),
+    "GPT2Config": ({**SPECIAL, "n_embd": 32, "n_layer": 2, "n_head": 4}, (1.0, None, False)),
+    "GPTNeoXConfig": (SIZE, (1.0, None, False)),
+    "OPTConfig": ({**SIZE, "ffn_dim": 64, "word_embed_proj_dim": 32}, (1.0, None, False)),
+    "BertConfig": (SIZE, (1.0, None, True)),
+    "RobertaConfig": (SIZE, (1.0, None, True)),
+    "DistilBertConfig": (
+        {**SPECIAL, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}, (1.0, None, True),
+    ),
+    "T5Config": (
+        {**SPECIAL, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+         "decoder_start_token_id": 0}, (1.0, None, False),
+    ),
+    "BartConfig": (
+        {**SPECIAL, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}, (1.0, None, True),
+    ),
+}  # fmt: skip
+
+
+def made(name: str, **more: Any) -> Any:
+    """A model of random weights, five times as large as usual, in eval mode."""
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**{**FAMILIES[name][0], **more})
+    kind = "CausalLM"
+    if name in ("BertConfig", "RobertaConfig", "DistilBertConfig"):
+        kind = "MaskedLM"
+    elif config.is_encoder_decoder:
+        kind = "Seq2SeqLM"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_()
+    return model.eval()
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+    real = torch.ones_like(ids)
+    real[1, 5:] = 0
+    return {"input_ids": ids, "attention_mask": real, "labels": ids.masked_fill(real == 0, -100)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_head_is_the_models_logits(name: str) -> None:
+    model = made(name)
+    theirs = model(**models.inputs(model, batch())).logits
+    for _ in range(2):  # at first use, and afterwards
+        head = kd.hf.head(model, **batch())
+        assert (head.scale, head.softcap, head.bias is not None) == FAMILIES[name][1]
+        torch.testing.assert_close(head.logits(), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(**models.inputs(model, batch())).logits, theirs)  # it is as it was
+    loss, other = (
+        kd.kd_loss(source, torch.zeros_like(theirs), divergence="reverse_kl") for source in (head, theirs)
+    )
+    torch.testing.assert_close(loss, other, rtol=1e-5, atol=1e-6)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours, wanted = (torch.autograd.grad(x, parameters, allow_unused=True) for x in (loss, other))
+    for a, b in zip(ours, wanted, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-9)
+
+
+def test_logits_are_not_made() -> None:
+    """Nothing as large as them is returned, or saved for the backward pass."""
+    model, sizes = made("GraniteConfig", vocab_size=5000), []
+    kd.hf.head(model, **batch())
+    given = batch()
+
+    def keep(x: Tensor) -> Tensor:
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        head, result = kd.hf.outputs(model, given)
+    assert result["logits"].shape == head.hidden.shape == (2, 7, 32)
+    assert max(size for size in sizes if size != 5000 * 32) < 14 * 5000
+
+
+def test_the_first_pass_in_training_is_a_pass_like_any() -> None:
+    """With dropout, and with hooks: the same hidden states as without, one pass, the same random numbers."""
+    results = []
+    for first in (True, False):
+        model = made("GPT2Config", resid_pdrop=0.3)
+        if not first:
+            kd.hf.head(model, **batch())
+        passes: list[Any] = []
+        model.transformer.register_forward_hook(lambda *_, seen=passes: seen.append(1))
+        model.train()
+        torch.manual_seed(5)
+        results.append((kd.hf.head(model, **batch()).hidden, torch.rand(())))
+        assert len(passes) == 1 and model.training
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_what_the_model_does_not_know_is_left_out() -> None:
+    model = made("LlamaConfig")
+    wanted = kd.hf.head(model, **batch()).hidden
+    got = kd.hf.head(model, **batch(), domain=torch.zeros(2), token_weights=torch.ones(2, 7)).hidden
+    assert torch.equal(got, wanted)
+
+
+def test_through_compilation_it_compiles_once_more_and_no_more() -> None:
+    model = made("Gemma2Config")
+    wanted = kd.hf.head(model, **batch())
+    for fresh in (False, True):
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(made("Gemma2Config") if fresh else model, backend="aot_eager")
+        graphs = []
+        for _ in range(3):
+            head = kd.hf.head(compiled, **batch())
+            torch.testing.assert_close(head.hidden, wanted.hidden, rtol=1e-4, atol=1e-4)
+            assert (head.scale, head.softcap) == (1.0, 5.0)
+            kd.kd_loss(head, torch.zeros(2, 7, V)).backward()
+            assert compiled(input_ids=batch()["input_ids"]).logits.shape[-1] == V
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert graphs[0] == graphs[2]
+
+
+def _process(rank: int, port: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for unused in (False, True):
+        model = made("GPT2Config")
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+        for _ in range(2):
+            wrapped.zero_grad()
+            rows = {name: x[rank : rank + 1] for name, x in batch().items()}
+            kd.kd_loss(kd.hf.head(wrapped, **rows), torch.zeros(1, 7, V)).backward()
+        results[rank, unused] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    torch.distributed.destroy_process_group()
+
+
+def test_through_data_parallel_wrappers() -> None:
+    """Gradients are averaged over processes, of the head's weight, too, however the wrapper looks."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        shared = manager.dict()
+        mp.spawn(_process, (port, shared), nprocs=2)
+        results = dict(shared)
+    model = made("GPT2Config")
+    kd.kd_loss(kd.hf.head(model, **batch()), torch.zeros(2, 7, V)).backward()
+    for found in results.values():
+        wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert found.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_through_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    model = made("LlamaConfig")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.eval()
+    theirs = adapted(input_ids=batch()["input_ids"], attention_mask=batch()["attention_mask"]).logits
+    head = kd.hf.head(adapted, **batch())
+    torch.testing.assert_close(head.logits(), theirs, rtol=1e-4, atol=1e-4)
+    kd.kd_loss(head, torch.zeros_like(theirs)).backward()
+    assert {n for n, p in adapted.named_parameters() if p.grad is not None} == {
+        n for n, p in adapted.named_parameters() if "lora" in n
+    }
+    saved = peft.get_peft_model(
+        made("LlamaConfig"), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    weight = kd.hf.head(saved, **batch()).weight
+    assert weight.requires_grad and weight is saved.get_output_embeddings().modules_to_save["default"].weight
+    other = peft.get_peft_model(made("LlamaConfig"), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM can't be used by its head.*peft\.tuners.*Linear"):
+        kd.hf.head(other, **batch())
+
+
+def test_models_that_have_no_head_to_give() -> None:
+    with pytest.raises(TypeError, match=r"must be a model of transformers, got Linear: build kd\.Head"):
+        kd.hf.head(nn.Linear(3, 3), inputs=torch.zeros(1, 3))
+    sequence = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZE))
+    with pytest.raises(ValueError, match="BertForSequenceClassification has no language-model head"):
+        kd.hf.head(sequence, **batch())
+    quantised = made("LlamaConfig")
+    quantised.lm_head.weight = nn.Parameter(torch.zeros(V, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"since its head's weight is torch\.int8: give kd_loss its logits"):
+        kd.hf.head(quantised, **batch())
+
+
+def test_a_model_that_does_something_else_is_refused_with_both() -> None:
+    """Both logits are printed, and nothing is left behind."""
+    model = made("LlamaConfig")
+    plain = type(model).forward
+
+    class Squared(type(model)):  # type: ignore[misc]
+        @functools.wraps(plain)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            result = plain(self, *args, **kwargs)
+            result.logits = result.logits + 0.1 * result.logits**2
+            return result
+
+    model.__class__ = Squared
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"makes other logits than its head.*gives \[.*and the model \["):
+            kd.hf.head(model, **batch())
+        assert "forward" not in model.lm_head.__dict__
+
+
+def test_a_copy_is_another_model() -> None:
+    model = made("GraniteConfig")
+    kd.hf.head(model, **batch())
+    other = copy.deepcopy(model)
+    other.config.logits_scaling = 2.0
+    assert kd.hf.head(other, **batch()).scale == 0.5 and kd.hf.head(model, **batch()).scale == 0.25
