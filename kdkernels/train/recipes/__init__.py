@@ -4,12 +4,15 @@ Every recipe takes a student and a teacher and gives a `Plan`: `plan.stages` are
 other, `plan.run(loader, eval_loader, epochs=...)` does it, and goes on where it was interrupted.
 """
 
+from .adversarial import boundary_samples, discriminator
+from .derivatives import sobolev
 from .features import attention_transfer, fitnets
 from .language import copy_layers, distilbert, tinybert
 from .logits import dkd, ensemble, hinton, multilabel, noisy_student, noisy_teacher
 from .plan import Plan, Stage
 
 __all__ = [
-    "Plan", "Stage", "attention_transfer", "copy_layers", "distilbert", "dkd", "ensemble", "fitnets",
-    "hinton", "multilabel", "noisy_student", "noisy_teacher", "tinybert",
+    "Plan", "Stage", "attention_transfer", "boundary_samples", "copy_layers", "discriminator", "distilbert",
+    "dkd", "ensemble", "fitnets", "hinton", "multilabel", "noisy_student", "noisy_teacher", "sobolev",
+    "tinybert",
 ]  # fmt: skip
