@@ -13,6 +13,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
+from benchmarks import strategies_adversarial, strategies_derivatives
 from benchmarks.strategies_claims import (
     HARD,
     RATES,
@@ -433,6 +434,10 @@ CLAIMS: dict[str, Claim] = {
         "Beside soft targets, labels help.", "transfer", "held_out", "unlabelled_50"
     ),
 }  # fmt: skip
+
+for _more in (strategies_derivatives, strategies_adversarial):
+    EXPERIMENTS |= _more.EXPERIMENTS
+    CLAIMS |= _more.CLAIMS
 
 
 def document() -> dict[str, Any]:
