@@ -17,6 +17,8 @@ UNITS = {
     "biased_recall_3": "recall of threes with a bias, %",
     "micro_f1": "micro-F1, %",
     "variance": "gradient variance / squared norm",
+    "minus_log_rmse": "−log₁₀ RMSE",
+    "minus_kl": "−KL to the teacher",
 }
 
 

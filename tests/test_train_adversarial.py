@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -414,6 +415,18 @@ def test_a_discriminator_of_other_shapes_is_refused() -> None:
     plan = recipes.discriminator(student, teacher_of_heads, judge(), shuffle_teacher=True)
     with pytest.raises(TypeError, match="shuffle_teacher takes a tensor of logits, got Head"):
         plan.run([samples(20).tensors], steps=1, progress=False)
+
+
+def test_a_discriminator_is_trained_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is run out of the wrapper that would average its gradients: an error, and not models that differ."""
+    several = SimpleNamespace(
+        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2
+    )
+    monkeypatch.setattr("kdkernels.train.terms.adversarial.dist", several)
+    student, teacher = pair()
+    models = {"student": student, "discriminator": judge()}
+    with pytest.raises(ValueError, match="in one process, not in 2"):
+        Distiller(models, teacher, Objective(it=Discrimination())).evaluate([samples(4).tensors[0]])
 
 
 # Resuming

@@ -55,7 +55,7 @@ def boundary_samples(
         **training: As of `hinton`.
 
     Source: Heo et al., "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary", AAAI
-        2019, equation 9 and section 5.
+        2019.
     """
     boundary = BoundarySamples(
         linear(2.0, 0.0, until=0.75) if boundary_weight is None else boundary_weight,

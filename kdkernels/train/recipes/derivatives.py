@@ -37,7 +37,7 @@ def sobolev(
         inputs: The batch's entry that derivatives are by.
         **training: As of `hinton`.
 
-    Source: Czarnecki et al., "Sobolev Training for Neural Networks", NIPS 2017, sections 2 and 4.
+    Source: Czarnecki et al., "Sobolev Training for Neural Networks", NIPS 2017.
     """
     derivatives = Sobolev(order, projections, of, derivative_weight, inputs=inputs)
     value: Term = {"output": LogitMatch, "log_probs": SoftTargets, "loss": HardLabels}[of](

@@ -48,7 +48,7 @@ class BoundarySamples(Term):
         ValueError: Likewise: no labels, or a teacher that doesn't depend on the inputs.
 
     Source: Heo et al., "Knowledge Distillation with Adversarial Samples Supporting Decision Boundary", AAAI
-        2019, sections 3 and 4.
+        2019.
     """
 
     over = "samples"

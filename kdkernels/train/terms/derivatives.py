@@ -46,7 +46,7 @@ class Sobolev(Term):
         ValueError: Likewise: outputs that don't depend on the inputs; for order 2, a student without second
             derivatives; shapes that don't fit.
 
-    Source: Czarnecki et al., "Sobolev Training for Neural Networks", NIPS 2017, equations 1 and 2.
+    Source: Czarnecki et al., "Sobolev Training for Neural Networks", NIPS 2017, section 2 and figure 1.
     """
 
     def __init__(
