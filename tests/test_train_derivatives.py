@@ -224,6 +224,15 @@ def test_a_linear_teacher_has_no_second_derivatives() -> None:
     assert value(student, teacher, Sobolev(2, 2), data) > 0
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_teacher_that_is_trained_too_learns_nothing_from_it(order: Any) -> None:
+    a, b = pair()
+    before = parameters(a), parameters(b)
+    goals = Objective(it=Sobolev(order, student="a", teacher="b"))
+    Distiller({"a": a, "b": b}, None, goals, sgd).fit([batch()], steps=1, progress=False)
+    assert not same(parameters(a), before[0]) and same(parameters(b), before[1])
+
+
 # Recipes and fits
 
 
