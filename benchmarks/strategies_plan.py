@@ -13,7 +13,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
-from benchmarks import strategies_several
+from benchmarks import strategies_adversarial, strategies_derivatives, strategies_several
 from benchmarks.strategies_claims import (
     HARD,
     RATES,
@@ -304,7 +304,6 @@ def _many() -> dict[str, Experiment]:
 
 EXPERIMENTS: dict[str, Experiment] = {
     **_hinton(), **_agreement(), **_dkd(), **_noise(), **_features(), **_text(), **_many(),
-    **strategies_several.EXPERIMENTS,
 }  # fmt: skip
 
 CLAIMS: dict[str, Claim] = {
@@ -434,8 +433,11 @@ CLAIMS: dict[str, Claim] = {
     "transfer.labels": Claim(
         "Beside soft targets, labels help.", "transfer", "held_out", "unlabelled_50"
     ),
-    **strategies_several.CLAIMS,
 }  # fmt: skip
+
+for _more in (strategies_derivatives, strategies_several, strategies_adversarial):
+    EXPERIMENTS |= _more.EXPERIMENTS
+    CLAIMS |= _more.CLAIMS
 
 
 def document() -> dict[str, Any]:

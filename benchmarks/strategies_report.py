@@ -18,6 +18,8 @@ UNITS = {
     "micro_f1": "micro-F1, %",
     "variance": "gradient variance / squared norm",
     "on_own_answers": "−KL(q‖p) on own answers, bits a byte",
+    "minus_log_rmse": "−log₁₀ RMSE",
+    "minus_kl": "−KL to the teacher",
 }
 
 
