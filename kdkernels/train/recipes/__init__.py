@@ -8,8 +8,20 @@ from .features import attention_transfer, fitnets
 from .language import copy_layers, distilbert, tinybert
 from .logits import dkd, ensemble, hinton, multilabel, noisy_student, noisy_teacher
 from .plan import Plan, Stage
+from .specialist_solver import combine
+from .specialists import (
+    HalfAndHalf,
+    Specialist,
+    SpecialistEnsemble,
+    active_specialists,
+    confusable_classes,
+    specialist_labels,
+    specialists,
+)
 
 __all__ = [
-    "Plan", "Stage", "attention_transfer", "copy_layers", "distilbert", "dkd", "ensemble", "fitnets",
-    "hinton", "multilabel", "noisy_student", "noisy_teacher", "tinybert",
+    "HalfAndHalf", "Plan", "Specialist", "SpecialistEnsemble", "Stage", "active_specialists",
+    "attention_transfer", "combine", "confusable_classes", "copy_layers", "distilbert", "dkd", "ensemble",
+    "fitnets", "hinton", "multilabel", "noisy_student", "noisy_teacher", "specialist_labels", "specialists",
+    "tinybert",
 ]  # fmt: skip

@@ -62,8 +62,8 @@ def combine(
     form, which `newton` uses: the mean of both on its classes, and outside as the generalist says, with the
     mean of both masses. All is computed in float64.
 
-    Where there is a choice, since a mass has to go to classes to which nobody gives any, these share it evenly
-    within their group.
+    Where there is a choice, since a mass has to go to classes to which nobody gives any, these share it
+    evenly within their group.
 
     Args:
         generalist: p `[N, V]`, floating, probabilities.
@@ -125,8 +125,8 @@ def combine_with_stats(
     bad = found.residual > tolerance + 100 * _FLOOR * (1 + len(given.classes))
     if bool(bad.any()):
         warnings.warn(
-            f"{int(bad.sum())} of {len(q)} rows did not converge to {tolerance:g} within {most} iterations of "
-            f"{method}: the residual is up to {float(found.residual.max()):.1e}",
+            f"{int(bad.sum())} of {len(q)} rows did not converge to {tolerance:g} within {most} iterations "
+            f"of {method}: the residual is up to {float(found.residual.max()):.1e}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -172,8 +172,8 @@ def _checked(
         own = checked_classes(classes, v, f"classes of specialist {m}").to(generalist.device)
         if p.shape != (n, len(own) + 1):
             raise ValueError(
-                f"probabilities of specialist {m} must be [{n}, {len(own) + 1}], of its {len(own)} classes and "
-                f"of all others, got {tuple(p.shape)}"
+                f"probabilities of specialist {m} must be [{n}, {len(own) + 1}], of its {len(own)} classes "
+                f"and of all others, got {tuple(p.shape)}"
             )
         found.append(_probabilities(p, f"probabilities of specialist {m}"))
         if len(own) == v and bool((p[:, -1] > 0).any()):
@@ -188,7 +188,9 @@ def _checked(
             f"active must be bool [{n}, {len(owned)}], rows and specialists, got {active.dtype} "
             f"{tuple(active.shape)}"
         )
-    return _Problem(_normalised(_probabilities(generalist, "generalist")), owned, found, active.to(generalist.device))
+    return _Problem(
+        _normalised(_probabilities(generalist, "generalist")), owned, found, active.to(generalist.device)
+    )
 
 
 def checked_classes(classes: Any, count: int, name: str) -> Tensor:
@@ -215,10 +217,10 @@ def checked_classes(classes: Any, count: int, name: str) -> Tensor:
 def _probabilities(p: Tensor, name: str) -> Tensor:
     """As they are."""
     sums = p.sum(1)
-    if not bool(((p >= 0).all() & ((sums - 1).abs() <= 1e-2).all())):
+    if not bool((p >= 0).all() & ((sums - 1).abs() <= 1e-2).all()):
         raise ValueError(
-            f"{name} must be >= 0 with rows that sum to 1, got a smallest of {float(p.min()):g} and sums from "
-            f"{float(sums.min()):g} to {float(sums.max()):g}; of logits, use .softmax(-1)"
+            f"{name} must be >= 0 with rows that sum to 1, got a smallest of {float(p.min()):g} and sums "
+            f"from {float(sums.min()):g} to {float(sums.max()):g}; of logits, use .softmax(-1)"
         )
     return p
 
@@ -361,14 +363,14 @@ def _repeat(
     return q, steps
 
 
-def _descend(
-    given: _Problem, rows: Tensor, found: Combined, tolerance: float, most: int
-) -> None:
-    """Gradient descent on the logits of all classes, with Nesterov's momentum, begun anew where it overshoots."""
+def _descend(given: _Problem, rows: Tensor, found: Combined, tolerance: float, most: int) -> None:
+    """Gradient descent on the logits of all classes, with momentum that begins anew where it overshoots."""
     if not len(rows):
         return
     gen, active = given.generalist[rows], given.active[rows]
-    specialists = [(own, _normalised(p[rows])) for own, p in zip(given.classes, given.specialists, strict=True)]
+    specialists = [
+        (own, _normalised(p[rows])) for own, p in zip(given.classes, given.specialists, strict=True)
+    ]
     # The curvature is at most half of 1 + |A|.
     length = 2 / (1.0 + active.sum(1, keepdim=True))
     z = (gen + 1e-3 / gen.shape[1]).log()
