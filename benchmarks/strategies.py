@@ -25,7 +25,7 @@ import kdkernels as kd
 from benchmarks import strategies_fits as fits
 from benchmarks import strategies_plan as plan
 from benchmarks import strategies_report as report
-from benchmarks import strategies_text
+from benchmarks import strategies_specialists, strategies_text
 from kdkernels import bench
 from kdkernels.bench.report import command_line
 
@@ -38,6 +38,7 @@ FITS: dict[str, Any] = {
     "convolve": fits.convolve,
     "multilabel": fits.multilabel,
     "language": strategies_text.language,
+    **strategies_specialists.FITS,
 }
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
+from benchmarks import strategies_specialists
 from benchmarks.strategies_claims import (
     HARD,
     RATES,
@@ -433,6 +434,11 @@ CLAIMS: dict[str, Claim] = {
         "Beside soft targets, labels help.", "transfer", "held_out", "unlabelled_50"
     ),
 }  # fmt: skip
+
+
+# The second plan.
+EXPERIMENTS |= strategies_specialists.EXPERIMENTS
+CLAIMS |= strategies_specialists.CLAIMS
 
 
 def document() -> dict[str, Any]:
