@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import warnings
 from collections import Counter
@@ -22,6 +23,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import solver
 from benchmarks import strategies_specialists as table
 from benchmarks.strategies_fits import Lab
 from kdkernels.train import Distiller, Plan, Stage, recipes
@@ -525,7 +527,7 @@ def test_specialists_learn_their_classes_and_leave_the_generalist() -> None:
     before = [p.clone() for p in model.parameters()]
     plan = specialists(model, [[0, 1], [2, 3, 4]], TensorDataset(x, y), optimizer=sgd, batch_size=20)
     assert [s.name for s in plan.stages] == ["specialist-0", "specialist-1"]
-    assert [float(s.share) for s in plan.student.specialists] == [pytest.approx(1 / 3), 0.5]
+    assert [s.share for s in plan.student.specialists] == [pytest.approx(1 / 3), 0.5]
     batch = next(iter(plan.stages[1].loader))
     assert batch[1][:10].max() < 3 and (batch[1][10:] == 3).all()
     histories = plan.run(epochs=60, progress=False, log_every=5)
@@ -620,6 +622,19 @@ def test_every_arm_runs_and_says_what_its_claims_need(name: str, arm: str, tmp_p
     needed |= {c.control_metric or c.metric for c in claims if arm == c.control}
     assert needed | {experiment.tuned_on, experiment.shown} <= {*found}
     assert all(isinstance(value, float) for value in found.values()) and "diverged" not in found
+
+
+def test_the_solver_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(solver, "CASES", {"few": (4, False, True), "many": (9, True, False)})
+    path = tmp_path / "solver.json"
+    sizes = ["--rows", "30", "--classes", "20", "--specialists", "4", "--repeats", "1", "--compared", "2"]
+    assert solver.main([*sizes, "--json", str(path), "--check"]) == 0
+    assert "30 rows × 20 classes × 4 specialists on 1 thread(s)" in capsys.readouterr().out
+    document = json.loads(path.read_text())
+    assert document["cases"]["few"]["asked"] == 4.0 and document["cases"]["many"]["compared"] == 2
+    assert "| many " in path.with_suffix(".md").read_text()
+    monkeypatch.setattr(solver, "ALLOWED_SECONDS", 0.0)
+    assert solver.main([*sizes, "--json", str(path), "--check"]) == 1
 
 
 def test_two_digits_side_by_side() -> None:

@@ -98,7 +98,7 @@ def specialist_labels(labels: Tensor, classes: Any, count: int) -> Tensor:
     Raises:
         ValueError: Labels that are no classes.
     """
-    own = checked_classes(classes, count, "classes")
+    own = checked_classes(classes, count, "classes").cpu()
     known = labels == IGNORE_INDEX
     if bool(((labels < 0) | (labels >= count)).logical_and(~known).any()):
         raise ValueError(
@@ -133,7 +133,6 @@ class Specialist(nn.Module):
 
     own: Tensor
     others: Tensor
-    share: Tensor
 
     def __init__(
         self,
@@ -146,19 +145,19 @@ class Specialist(nn.Module):
         super().__init__()
         if prior not in ("learned", "known"):
             raise ValueError(f"prior must be 'learned' or 'known', got {prior!r}")
-        own = checked_classes(classes, count, "classes")
+        own = checked_classes(classes, count, "classes").cpu()
         if share is not None and not 0 < share < 1:
             raise ValueError(f"share must be between 0 and 1, a part of the data, got {share!r}")
         self.model, self.count, self.prior = model, count, prior
         others = torch.ones(count, dtype=torch.bool).index_fill_(0, own, False).nonzero()[:, 0]
         self.register_buffer("own", own, persistent=False)
         self.register_buffer("others", others, persistent=False)
-        self.register_buffer("share", torch.tensor(0.5 if share is None else share, dtype=torch.float64))
+        self.share = 0.5 if share is None else share
 
     @property
     def correction(self) -> float:
         """What its logit of the rest lacks of the data, after half and half: log((1 − π) / π), π = P(S)."""
-        return math.log1p(-float(self.share)) - math.log(float(self.share))
+        return math.log1p(-self.share) - math.log(self.share)
 
     def forward(self, *inputs: Any, **entries: Any) -> Tensor:
         """Logits `[..., |S| + 1]`, as of the data that it is trained on."""
