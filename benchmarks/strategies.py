@@ -22,7 +22,13 @@ from typing import Any
 import torch
 
 import kdkernels as kd
-from benchmarks import strategies_adversarial, strategies_derivatives, strategies_several, strategies_text
+from benchmarks import (
+    strategies_adversarial,
+    strategies_derivatives,
+    strategies_several,
+    strategies_specialists,
+    strategies_text,
+)
 from benchmarks import strategies_fits as fits
 from benchmarks import strategies_plan as plan
 from benchmarks import strategies_report as report
@@ -41,6 +47,7 @@ FITS: dict[str, Any] = {
     **strategies_several.FITS,
     **strategies_derivatives.FITS,
     **strategies_adversarial.FITS,
+    **strategies_specialists.FITS,
 }
 
 

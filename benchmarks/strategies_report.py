@@ -54,7 +54,7 @@ def judged(claims: Mapping[str, plan.Claim], found: Found) -> dict[str, dict[str
 
 def arms(document: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The test cells of every arm, in the order of the plan."""
-    seeds, chosen = plan.TEST_SEEDS, document["chosen"]
+    seeds, chosen = plan.QUICK_SEEDS if document["quick"] else plan.TEST_SEEDS, document["chosen"]
     found: dict[tuple[str, str], list[dict[str, Any]]] = {
         (e, a): [] for e, each in plan.EXPERIMENTS.items() for a in each.arms if f"{e}/{a}" in chosen
     }
