@@ -10,6 +10,7 @@ BENCHMARKS = {
     "divergences": "every divergence, noise, a mixture: time, share of bandwidth, peak memory, error",
     "linear": "hidden states and heads: time beside the bare products, peak memory, error",
     "trainer": "a step of the trainer beside the same step written by hand",
+    "solver": "one distribution from a generalist and 20 specialists: time, agreement with descent",
     "strategies": "every strategy of the literature beside its control: differences over seeds, verdicts",
     "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
     "builds": "the Triton kernels built for GPUs that need not be here: registers, spills, accesses",

@@ -22,10 +22,16 @@ from typing import Any
 import torch
 
 import kdkernels as kd
+from benchmarks import (
+    strategies_adversarial,
+    strategies_derivatives,
+    strategies_several,
+    strategies_specialists,
+    strategies_text,
+)
 from benchmarks import strategies_fits as fits
 from benchmarks import strategies_plan as plan
 from benchmarks import strategies_report as report
-from benchmarks import strategies_several, strategies_text
 from kdkernels import bench
 from kdkernels.bench.report import command_line
 
@@ -39,6 +45,9 @@ FITS: dict[str, Any] = {
     "multilabel": fits.multilabel,
     "language": strategies_text.language,
     **strategies_several.FITS,
+    **strategies_derivatives.FITS,
+    **strategies_adversarial.FITS,
+    **strategies_specialists.FITS,
 }
 
 

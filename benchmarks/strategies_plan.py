@@ -13,9 +13,16 @@ from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
-from benchmarks import strategies_several
+from benchmarks import (
+    strategies_adversarial,
+    strategies_derivatives,
+    strategies_several,
+    strategies_specialists,
+)
 from benchmarks.strategies_claims import (
     HARD,
+    QUICK_SEEDS,
+    QUICK_SHARE,
     RATES,
     TEST_SEEDS,
     TEXT_RATES,
@@ -304,7 +311,6 @@ def _many() -> dict[str, Experiment]:
 
 EXPERIMENTS: dict[str, Experiment] = {
     **_hinton(), **_agreement(), **_dkd(), **_noise(), **_features(), **_text(), **_many(),
-    **strategies_several.EXPERIMENTS,
 }  # fmt: skip
 
 CLAIMS: dict[str, Claim] = {
@@ -434,8 +440,14 @@ CLAIMS: dict[str, Claim] = {
     "transfer.labels": Claim(
         "Beside soft targets, labels help.", "transfer", "held_out", "unlabelled_50"
     ),
-    **strategies_several.CLAIMS,
 }  # fmt: skip
+
+# The second plan.
+for _more in (
+    strategies_derivatives, strategies_several, strategies_specialists, strategies_adversarial
+):  # fmt: skip
+    EXPERIMENTS |= _more.EXPERIMENTS
+    CLAIMS |= _more.CLAIMS
 
 
 def document() -> dict[str, Any]:
@@ -444,6 +456,7 @@ def document() -> dict[str, Any]:
         "version": VERSION,
         "test_seeds": TEST_SEEDS,
         "tuning_seeds": TUNING_SEEDS,
+        "quick": {"seeds": QUICK_SEEDS, "share": QUICK_SHARE},
         "experiments": {name: asdict(e) for name, e in EXPERIMENTS.items()},
         "claims": {name: asdict(c) for name, c in CLAIMS.items()},
     }

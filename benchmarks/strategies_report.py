@@ -18,6 +18,8 @@ UNITS = {
     "micro_f1": "micro-F1, %",
     "variance": "gradient variance / squared norm",
     "on_own_answers": "−KL(q‖p) on own answers, bits a byte",
+    "minus_log_rmse": "−log₁₀ RMSE",
+    "minus_kl": "−KL to the teacher",
 }
 
 
@@ -52,7 +54,7 @@ def judged(claims: Mapping[str, plan.Claim], found: Found) -> dict[str, dict[str
 
 def arms(document: Mapping[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The test cells of every arm, in the order of the plan."""
-    seeds, chosen = plan.TEST_SEEDS, document["chosen"]
+    seeds, chosen = plan.QUICK_SEEDS if document["quick"] else plan.TEST_SEEDS, document["chosen"]
     found: dict[tuple[str, str], list[dict[str, Any]]] = {
         (e, a): [] for e, each in plan.EXPERIMENTS.items() for a in each.arms if f"{e}/{a}" in chosen
     }

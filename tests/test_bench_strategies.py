@@ -282,6 +282,18 @@ def test_a_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.usefixtures("small")
+def test_a_quick_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two seeds of the validation split, a part of the steps, nothing tuned, the first configuration."""
+    arguments = ["--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert strategies.main(arguments) == 0
+    assert "nothing was tuned" in capsys.readouterr().out
+    document = json.loads((tmp_path / "out" / "strategies.json").read_text())
+    found = {(c["seed"], c["configuration"], c["steps"]) for c in document["cells"]}
+    assert found == {(seed, 0, round(8 * plan.QUICK_SHARE)) for seed in plan.QUICK_SEEDS}
+    assert {len(cells) for cells in report.arms(document).values()} == {2}
+
+
+@pytest.mark.usefixtures("small")
 def test_fits_of_another_plan_are_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a fit depends on changes its fingerprint; a file cut short is no fit."""
     runs, cell = strategies.Runs(tmp_path), strategies.Cell("small", "hard", 0, 10)

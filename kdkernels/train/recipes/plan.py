@@ -24,6 +24,8 @@ class Stage:
         student: The model, or models by name; None for the plan's.
         teacher: As `Distiller` takes it; None for the plan's.
         before: Called with the plan before the stage, unless it is resumed.
+        loader: Its batches; None for those that `Plan.run` is given. With its own, it is not evaluated on
+            those of `Plan.run`, whose labels may mean something else.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Stage:
     student: Any = None
     teacher: Any = None
     before: Callable[[Plan], None] | None = None
+    loader: Iterable[Any] | None = None
 
 
 class Plan:
@@ -61,7 +64,7 @@ class Plan:
 
     def run(
         self,
-        loader: Iterable[Any],
+        loader: Iterable[Any] | None = None,
         eval_loader: Iterable[Any] | None = None,
         *,
         steps: int | None = None,
@@ -72,7 +75,7 @@ class Plan:
         """Runs the stages; with a folder, from where an earlier run of the same plan was.
 
         Args:
-            loader: As `Distiller.fit` takes it.
+            loader: As `Distiller.fit` takes it, for stages without one of their own.
             eval_loader: Likewise.
             steps: Optimizer steps of all stages together, or
             epochs: passes over the loader. Every stage has at least one.
@@ -81,9 +84,14 @@ class Plan:
 
         Returns:
             The history of each stage by its name.
+
+        Raises:
+            ValueError: Steps and epochs, or neither; a stage without batches.
         """
         if (steps is None) == (epochs is None):
             raise ValueError(f"run takes steps or epochs, got steps={steps}, epochs={epochs}")
+        if loader is None and (bare := [stage.name for stage in self.stages if stage.loader is None]):
+            raise ValueError(f"run needs a loader: {', '.join(bare)} has none of its own")
         whole, histories = sum(stage.share for stage in self.stages), {}  # type: float, dict[str, list[Row]]
         for number, stage in enumerate(self.stages):
             place = None if folder is None else Path(folder) / f"{number + 1}-{stage.name}"
@@ -92,7 +100,9 @@ class Plan:
                 stage.before(self)
             length = max(1, round((steps or epochs or 0) * stage.share / whole))
             amount: dict[str, Any] = {"steps": length} if steps is not None else {"epochs": length}
-            histories[stage.name] = distiller.fit(loader, eval_loader=eval_loader, **amount, **options)
+            batches, held = (loader, eval_loader) if stage.loader is None else (stage.loader, None)
+            assert batches is not None
+            histories[stage.name] = distiller.fit(batches, eval_loader=held, **amount, **options)
         return histories
 
 

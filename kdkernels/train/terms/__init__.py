@@ -1,5 +1,7 @@
 """The terms of objectives."""
 
+from .adversarial import BoundarySamples, Deception, Discrimination
+from .derivatives import Sobolev
 from .features import AttentionTransfer, CosineHidden, Embeddings, HiddenStates, Hint, Projectors
 from .logits import HardLabels, LogitMatch, MultiLabel, SoftTargets, accuracy, churn
 from .scores import AttentionScores
@@ -8,7 +10,10 @@ from .weights import after, linear, warm_up
 __all__ = [
     "AttentionScores",
     "AttentionTransfer",
+    "BoundarySamples",
     "CosineHidden",
+    "Deception",
+    "Discrimination",
     "Embeddings",
     "HardLabels",
     "HiddenStates",
@@ -16,6 +21,7 @@ __all__ = [
     "LogitMatch",
     "MultiLabel",
     "Projectors",
+    "Sobolev",
     "SoftTargets",
     "accuracy",
     "after",
