@@ -213,7 +213,9 @@ def on_policy(
 
     def first() -> nn.Module:
         net = seeded(seed, lambda: llama(2))
-        distiller = Distiller(net, objective=Objective(hard=HardLabels()), optimizer=adamw(3e-3))
+        distiller = Distiller(
+            net, objective=Objective(hard=HardLabels()), optimizer=adamw(3e-3), adaptor=strategies_text.LOGITS
+        )
         count = lab.steps(FIRST_STEPS)
         distiller.fit(continued("train", count, 3000 + seed), steps=count, progress=False)
         return net
@@ -221,7 +223,8 @@ def on_policy(
     student = llama(2)
     student.load_state_dict(lab.teacher("causal student", seed, first).state_dict())
     torch.manual_seed(seed)
-    made = recipes.on_policy(student, teacher, fraction=fraction, optimizer=adamw(lr), **options)
+    options |= {"optimizer": adamw(lr), "adaptor": strategies_text.LOGITS}
+    made = recipes.on_policy(student, teacher, fraction=fraction, **options)
     ended = carried_out(made, continued("train", steps, 2000 + seed), steps)
     held = continued("test" if is_test(seed) else "validation", 1, 8, HELD)[0]
     torch.manual_seed(seed)

@@ -17,12 +17,14 @@ from transformers import BertConfig, BertForMaskedLM
 
 from benchmarks import strategies_claims as plan
 from benchmarks.strategies_fits import Lab, Metrics, adamw, carried_out, is_test, seeded
-from kdkernels.train import Distiller, HardLabels, Objective, recipes
+from kdkernels.train import Adaptor, Distiller, HardLabels, Objective, recipes
 
 BYTES, MASK, UNKNOWN = 129, 128, ord("?")
 # Short, for then a net that learns where to look does so in hundreds of steps.
 LENGTH, MASKED, BATCH, HELD_BATCHES = 16, 3, 64, 32
 TEACHER_STEPS, TEACHER_RATE = 2400, 3e-3
+# Of so few classes they are smaller than hidden states.
+LOGITS = Adaptor(heads=False)
 
 
 def files() -> dict[str, list[Path]]:
@@ -96,7 +98,7 @@ def kept_teacher(
         )
         distiller = Distiller(
             made, objective=Objective(hard=HardLabels()), optimizer=adamw(TEACHER_RATE), scheduler=schedule,
-            clip=1.0, folder=lab.folder / f"{kind}-teacher-{plan.VERSION}-{steps}",
+            adaptor=LOGITS, clip=1.0, folder=lab.folder / f"{kind}-teacher-{plan.VERSION}-{steps}",
         )  # fmt: skip
         distiller.resume()
         if distiller.progress.step < steps:
@@ -117,7 +119,7 @@ def language(
     """A student of two layers, by the triple loss or in TinyBERT's two stages."""
     teacher, student = teacher_of(lab), seeded(seed, lambda: bert(2))
     part = "test" if is_test(seed) else "validation"
-    made = getattr(recipes, recipe)(student, teacher, optimizer=adamw(lr), **options)
+    made = getattr(recipes, recipe)(student, teacher, optimizer=adamw(lr), adaptor=LOGITS, **options)
     if not intermediate:
         made.stages = made.stages[1:]
     loader = masked("train", steps, seed=1000 + seed)

@@ -47,11 +47,11 @@ def head(model: nn.Module, **batch: Any) -> Head:
     Example:
         >>> loss = kd.kd_loss(kd.hf.head(student, **batch), kd.hf.head(teacher, **batch), labels)
     """
-    return outputs(model, batch)[0]
+    return outputs(model, batch)["head"]
 
 
-def outputs(model: nn.Module, batch: Any, wants: Any = ()) -> tuple[Head, Any]:
-    """The head, and what else the model gives; of its `logits` nothing is to be made."""
+def outputs(model: nn.Module, batch: Any, wants: Any = ()) -> dict[str, Any]:
+    """What a model gives, by name: its `head` in the place of logits; `wants` are asked for, too."""
     inner = unwrap(model)
     if not is_from_transformers(inner):
         raise TypeError(
@@ -69,7 +69,8 @@ def outputs(model: nn.Module, batch: Any, wants: Any = ()) -> tuple[Head, Any]:
     if tries:
         tap.learn(inner, result["logits"])
         _TAPS[module] = tap
-    return Head(tap.taken(inner), module.weight, tap.bias(inner), tap.scale, tap.softcap), result
+    found = Head(tap.taken(inner), module.weight, tap.bias(inner), tap.scale, tap.softcap)
+    return {**{name: x for name, x in result.items() if x is not None and name != "logits"}, "head": found}
 
 
 class _Pass(torch.autograd.Function):

@@ -199,7 +199,7 @@ class Distiller:
             self._captures[name] = Capture(everyone[name], paths, name)
         # Where Accelerate's wrappers have nothing to do: they look for packages at every step.
         self._plain = accelerator.scaler is None and kind in _PLAIN
-        names = (*everyone, *self.teachers)
+        names = {*everyone, *self.teachers}
         self._wants = {name: {w for term in terms for w in term.wants.get(name, ())} for name in names}
         self._recorders = [term for term in terms if type(term).around is not Term.around]
         students = {m for model in self.models.values() for m in model.modules()}
@@ -425,9 +425,8 @@ class Distiller:
             for name in (name for name in trained if not self._ready[name].training):
                 stack.callback(self._ready[name].eval)
                 self._ready[name].train()
-            fixed = [m for m in self._modules if m not in self._shared]
-            fixed += [m for name, m in self._ready.items() if name not in trained]
-            stack.enter_context(evaluating(fixed))
+            fixed = [model for name, model in self._ready.items() if name not in trained]
+            stack.enter_context(evaluating([*fixed, *(m for m in self._modules if m not in self._shared)]))
             for capture in self._captures.values():
                 stack.enter_context(capture)
             stack.callback(self._draw)

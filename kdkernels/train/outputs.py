@@ -108,8 +108,7 @@ class Adaptor:
         if is_from_transformers(inner):
             known = {k: v for k, v in raw.items() if k == "labels" or k not in NOT_INPUTS}
             if self.heads and hf.has_head(inner):
-                head, given = hf.outputs(model, known, wants)
-                return Outputs({k: v for k, v in named(given).items() if k != "logits"}, head=head)
+                return Outputs(hf.outputs(model, known, wants))
             return named(model(**inputs(inner, known, wants)))
         if "inputs" in raw:
             return named(model(raw["inputs"]))
