@@ -3,8 +3,9 @@
 Runs what `strategies_plan` has committed: tunes every arm over as many configurations on the validation
 split, then trains it on ten other seeds and evaluates it on the test split; `strategies_stats` says of every
 claim whether it reproduces. On real data that is here already: scikit-learn's digits and the sources of
-Python's standard library. Every finished fit is kept under runs/strategies and not done again. `--quick`
-takes minutes: two seeds, a quarter of the steps, no tuning, so that it says only whether all of it runs.
+Python's standard library. Every finished fit is kept under runs/strategies and not done again; processes
+share them, as many as `--jobs`. `--quick` takes minutes: two seeds, a tenth of the steps, no tuning, so that
+it says only whether all of it runs.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -125,16 +129,43 @@ class Runs:
         self.done[cell] = found
         return found
 
-    def all(self, name: str, cells: Iterable[Cell], progress: bench.Progress) -> None:
-        """Those that aren't done, seed by seed, so that arms share teachers."""
+    def all(self, name: str, cells: Iterable[Cell], progress: bench.Progress, jobs: int = 1) -> None:
+        """Those that aren't done, seed by seed, so that arms share teachers; each process has its own."""
         left = [cell for cell in dict.fromkeys(cells) if self.read(cell) is None]
         if not left:
             return
         with progress.phase(name, len(left)):
-            for cell in sorted(left, key=lambda cell: cell.seed):
+            for cell in self._each(sorted(left, key=lambda cell: cell.seed), jobs, progress):
+                progress.step(str(cell))
+
+    def _each(self, cells: Sequence[Cell], jobs: int, progress: bench.Progress) -> Iterator[Cell]:
+        """Does them; gives each that is done."""
+        if jobs == 1:
+            for cell in cells:
                 progress.step(str(cell), 0)
                 self.do(cell)
-                progress.step(str(cell))
+                yield cell
+            return
+        parts: dict[tuple[int, str], list[Cell]] = {}
+        for cell in cells:
+            parts.setdefault((cell.seed, cell.experiment), []).append(cell)
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            futures = [pool.submit(_do, self.folder, self.share, part) for part in parts.values()]
+            for future in as_completed(futures):
+                yield from (cell for cell in future.result() if self.read(cell) is not None)
+
+
+# Of this process, so that its teachers are made once.
+_HERE: dict[tuple[Path, float], Runs] = {}
+
+
+def _do(folder: Path, share: float, cells: Sequence[Cell]) -> Sequence[Cell]:
+    """Some fits, in a process of their own."""
+    torch.set_num_threads(1)
+    runs = _HERE.setdefault((folder, share), Runs(folder, share))
+    for cell in cells:
+        runs.do(cell)
+    return cells
 
 
 def selected(only: str | None) -> dict[str, plan.Claim]:
@@ -203,22 +234,22 @@ def predicted(runs: Runs, arms: Sequence[tuple[str, str]]) -> float:
 
 
 def run(
-    claims: Mapping[str, plan.Claim], runs: Runs, quick: bool, progress: bench.Progress
+    claims: Mapping[str, plan.Claim], runs: Runs, quick: bool, progress: bench.Progress, jobs: int = 1
 ) -> dict[tuple[str, str], list[Cell]]:
     """Does what is left to do; gives the test cells of every arm."""
     arms = arms_of(claims)
     seeds = plan.QUICK_SEEDS if quick else plan.TEST_SEEDS
     tuning = {} if quick else {key: tuning_cells(*key) for key in arms}
     first = [cells[0] if (cells := tuning.get(key)) else Cell(*key, 0, seeds[0]) for key in arms]
-    runs.all("one fit of every arm", first, progress)
-    minutes = predicted(runs, arms) / 60
+    runs.all("one fit of every arm", first, progress)  # and with them the teachers that are kept
+    minutes = predicted(runs, arms) / 60 / jobs
     progress.say(
         f"tuning and all seeds at full length: about {minutes:.0f} minutes in all, with this machine as it is"
     )
-    runs.all("tuning", [cell for cells in tuning.values() for cell in cells], progress)
+    runs.all("tuning", [cell for cells in tuning.values() for cell in cells], progress, jobs)
     best = {key: 0 if quick else chosen(runs, *key) for key in arms}
     found = {key: [Cell(*key, best[key], seed) for seed in seeds] for key in arms}
-    runs.all("test", [cell for cells in found.values() for cell in cells], progress)
+    runs.all("test", [cell for cells in found.values() for cell in cells], progress, jobs)
     return found
 
 
@@ -235,6 +266,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--runs", type=Path, default=RUNS, metavar="FOLDER", help="where fits are kept; default: %(default)s"
+    )
+    p.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: %(default)s"
     )
     p.add_argument("--plan", action="store_true", help="print the plan as JSON, and do nothing")
     return p
@@ -255,13 +289,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     share = plan.QUICK_SHARE if options.quick else 1.0
     runs = Runs(options.runs / ("quick" if options.quick else "full"), share)
     progress, started = bench.Progress(), time.perf_counter()
-    cells = run(claims, runs, options.quick, progress)
+    jobs = max(1, options.jobs)
+    cells = run(claims, runs, options.quick, progress, jobs)
     document: dict[str, Any] = {
         "schema": 1,
         "command": command_line("benchmarks", ["strategies", *(arguments or [])]),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": time.perf_counter() - started,
-        "predicted_seconds": predicted(runs, arms_of(claims)),
+        "predicted_seconds": predicted(runs, arms_of(claims)) / jobs,
+        "jobs": jobs,
         "kdkernels": kd.__version__,
         "versions": {
             n: importlib.metadata.version(n) for n in ("scikit-learn", "transformers", "accelerate")

@@ -16,7 +16,7 @@ TEST_SEEDS = tuple(range(10, 20))
 TUNING_SEEDS = (100, 101)
 QUICK_SEEDS = (0, 1)
 # The part of the steps, of fits and of teachers, that --quick takes.
-QUICK_SHARE = 0.25
+QUICK_SHARE = 0.1
 
 Options = Mapping[str, Any]
 

@@ -142,7 +142,8 @@ def notes(document: Mapping[str, Any]) -> list[str]:
         "The papers' figures are of other data and larger nets: what is compared is the sign. The test split "
         "is the same for all seeds, so intervals say nothing of other test data; the teacher of text is one "
         "for all seeds, so theirs say nothing of other teachers.",
-        f"{environment.get('cpu')}, 1 thread, torch {environment['torch']}, Python {environment['python']}, "
+        f"{environment.get('cpu')}, {document['jobs']} process(es) of 1 thread, "
+        f"torch {environment['torch']}, Python {environment['python']}, "
         + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
         + f"; the whole table takes about {document['predicted_seconds'] / 60:.0f} minutes there.",
     ]

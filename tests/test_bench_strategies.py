@@ -22,6 +22,7 @@ from benchmarks import strategies_fits as fits
 from benchmarks import strategies_plan as plan
 from benchmarks import strategies_report as report
 from benchmarks import strategies_stats as stats
+from kdkernels import bench
 
 # Statistics
 
@@ -255,7 +256,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_a_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tuned, tested, written; the second time nothing is done again, and one lost fit alone."""
-    arguments = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    arguments = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--jobs", "1"]
     assert strategies.main(arguments) == 0
     said = capsys.readouterr().out
     assert "in all, with this machine as it is" in said and "tuning: 6 steps" in said
@@ -284,13 +285,24 @@ def test_a_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.usefixtures("small")
 def test_a_quick_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two seeds of the validation split, a part of the steps, nothing tuned, the first configuration."""
-    arguments = ["--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    arguments = ["--quick", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--jobs", "1"]
     assert strategies.main(arguments) == 0
     assert "nothing was tuned" in capsys.readouterr().out
     document = json.loads((tmp_path / "out" / "strategies.json").read_text())
     found = {(c["seed"], c["configuration"], c["steps"]) for c in document["cells"]}
     assert found == {(seed, 0, round(8 * plan.QUICK_SHARE)) for seed in plan.QUICK_SEEDS}
     assert {len(cells) for cells in report.arms(document).values()} == {2}
+
+
+def test_processes_share_the_fits(tmp_path: Path) -> None:
+    """What they find is what one finds: a fit depends on its seed alone."""
+    cells = [strategies.Cell("noise-gradients", "clean", 0, seed) for seed in plan.QUICK_SEEDS]
+    found = []
+    for jobs in (1, 2):
+        runs = strategies.Runs(tmp_path / str(jobs), 0.02)
+        runs.all("test", cells, bench.Progress(), jobs)
+        found.append([runs.done[cell]["metrics"] for cell in cells])
+    assert found[0] == found[1]
 
 
 @pytest.mark.usefixtures("small")
