@@ -205,14 +205,25 @@ def tuning_cells(experiment: str, arm: str) -> list[Cell]:
     return [Cell(experiment, arm, n, seed) for n in range(size) for seed in plan.TUNING_SEEDS]
 
 
+def scores(runs: Runs, experiment: str, arm: str) -> list[list[float]]:
+    """What tuning goes by: for each configuration, of each tuning seed."""
+    metric, found = plan.EXPERIMENTS[experiment].tuned_on, {}  # type: str, dict[int, list[float]]
+    for cell in tuning_cells(experiment, arm):
+        fit = runs.read(cell)
+        assert fit is not None, cell
+        found.setdefault(cell.configuration, []).append(fit["metrics"][metric])
+    return list(found.values())
+
+
 def chosen(runs: Runs, experiment: str, arm: str) -> int:
     """The configuration of an arm with the best mean on the tuning seeds; of equal ones the first."""
-    metric, scores = plan.EXPERIMENTS[experiment].tuned_on, {}  # type: str, dict[int, list[float]]
-    for cell in tuning_cells(experiment, arm):
-        found = runs.read(cell)
-        assert found is not None, cell
-        scores.setdefault(cell.configuration, []).append(found["metrics"][metric])
-    return max(scores, key=lambda n: fmean(scores[n]), default=0)
+    found = scores(runs, experiment, arm)
+    return max(range(len(found)), key=lambda n: fmean(found[n]), default=0)
+
+
+def brief(fit: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a fit what figures are made of; the rest is in the plan."""
+    return {name: fit[name] for name in ("experiment", "arm", "configuration", "seed", "metrics", "steps")}
 
 
 def predicted(runs: Runs, arms: Sequence[tuple[str, str]]) -> float:
@@ -306,7 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "quick": options.quick,
         "plan": plan.document(),
         "chosen": {f"{e}/{a}": of_arm[0].configuration for (e, a), of_arm in cells.items()},
-        "cells": [runs.done[cell] for cell in sorted(runs.done, key=str)],
+        "tuning": {} if options.quick else {f"{e}/{a}": scores(runs, e, a) for e, a in cells},
+        "cells": [brief(runs.done[cell]) for of_arm in cells.values() for cell in of_arm],
         "claims": report.judged(
             claims, {key: [runs.done[c] for c in of_arm] for key, of_arm in cells.items()}
         ),

@@ -261,7 +261,10 @@ def test_a_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().out
     assert "in all, with this machine as it is" in said and "tuning: 6 steps" in said
     document = json.loads((tmp_path / "out" / "strategies.json").read_text())
-    assert len(document["cells"]) == 2 * (2 * 2 + 2)
+    assert len(document["cells"]) == 2 * 2
+    for arm, of_arm in document["tuning"].items():
+        best = max(range(2), key=lambda n: fmean(of_arm[n]))
+        assert [len(seeds) for seeds in of_arm] == [2, 2] and document["chosen"][arm] == best
     claim = document["claims"]["small.soft"]
     by_arm = report.arms(document)
     figures = {arm: [c["metrics"]["accuracy"] for c in cells] for (_, arm), cells in by_arm.items()}
