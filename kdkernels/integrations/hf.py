@@ -234,3 +234,12 @@ def _is_compiled(model: Any) -> bool:
 
 def _shown(z: Tensor) -> str:
     return "[" + ", ".join(f"{x:.4g}" for x in z.flatten()[:4].tolist()) + ", ...]"
+
+
+def __getattr__(name: str) -> Any:
+    """`DistillMixin`, which needs more packages than the rest, when it is asked for."""
+    if name != "DistillMixin":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .trainer import DistillMixin
+
+    return DistillMixin

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,11 +20,10 @@ from torch.optim import AdamW, Optimizer
 
 from .. import storage
 from ..files import write_csv
-from ..integrations.models import constant, evaluating
 from ..pictures import draw_curves
-from .capture import Capture
 from .objective import Function, Objective, Progress, Step, Term, count
-from .outputs import Adaptor, Batch, Outputs, as_batch, detached, named, on_device
+from .outputs import Adaptor, Batch, as_batch, on_device
+from .passes import Given, Passes, counts
 from .position import Position
 from .records import Means, Pace, Row, check_finite
 from .teachers import Ensemble, Stored, modules_of
@@ -56,14 +55,6 @@ class Update:
     def named(self, term: str) -> str:
         """What a figure of it is called."""
         return f"{self.name}/{term}" if self.name else term
-
-
-class _Given(NamedTuple):
-    """A batch as the loader gave it and as terms see it, and what teachers said to it."""
-
-    raw: Batch
-    batch: Batch
-    known: dict[str, Outputs]
 
 
 class Distiller:
@@ -141,8 +132,7 @@ class Distiller:
         self.position = Position(self.accelerator, self.progress)
         self.best: float | None = None
         self._worse, self._monitor, self._saved = 0, "", -1
-        self._ready: dict[str, nn.Module] = {}
-        self._captures: dict[str, Capture] = {}
+        self._passes: Any = None
 
     def _check(self) -> None:
         for name, model in self.models.items():
@@ -166,14 +156,13 @@ class Distiller:
 
     def _prepare(self) -> None:
         """Once, when it is first needed: devices, wrappers, optimizers, hooks."""
-        if self._ready:
+        if self._passes is not None:
             return
         accelerator = self.accelerator
         kind = accelerator.distributed_type
         if len(self.models) > 1 and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(f"{kind.value} trains one model, not {', '.join(self.models)}: use DDP")
-        self._modules = [m for teacher in self.teachers.values() for m in modules_of(teacher)]
-        for module in self._modules:
+        for module in (m for teacher in self.teachers.values() for m in modules_of(teacher)):
             sharded = any(hasattr(p, "full_tensor") for p in module.parameters())
             if not sharded and not hasattr(module, "hf_device_map"):
                 module.to(accelerator.device)
@@ -190,21 +179,10 @@ class Distiller:
             given = update.scheduler
             made = [given(o.optimizer) for o in update.optimizer] if callable(given) else [given]
             update.scheduler = [scheduler for scheduler in made if scheduler is not None]
-        everyone = models_ready | {n: t for n, t in self.teachers.items() if isinstance(t, nn.Module)}
-        terms = self._terms()
-        for name in dict.fromkeys(n for term in terms for n in term.captures):
-            if name not in everyone:
-                raise ValueError(f"a term captures modules of {name!r}; there are {', '.join(everyone)}")
-            paths = [path for term in terms for path in term.captures.get(name, ())]
-            self._captures[name] = Capture(everyone[name], paths, name)
         # Where Accelerate's wrappers have nothing to do: they look for packages at every step.
         self._plain = accelerator.scaler is None and kind in _PLAIN
-        names = {*everyone, *self.teachers}
-        self._wants = {name: {w for term in terms for w in term.wants.get(name, ())} for name in names}
-        self._recorders = [term for term in terms if type(term).around is not Term.around]
-        students = {m for model in self.models.values() for m in model.modules()}
-        self._shared = {m for m in self._modules if not students.isdisjoint(m.modules())}
-        self._ready = models_ready
+        several = len(self.updates) > 1
+        self._passes = Passes(self.models, models_ready, self.teachers, self._terms(), self.adaptor, several)
 
     def _terms(self) -> list[Any]:
         return [term for update in self.updates for term in update.objective.terms.values()]
@@ -222,71 +200,28 @@ class Distiller:
 
     # One step
 
-    def _outputs(
-        self, raw: Batch, trains: Sequence[str], known: dict[str, Outputs], name: str, entries: Any = None
-    ) -> Outputs:
-        """Of a model on a batch: with gradients if it is trained here; or on other entries, as a function."""
-        again = entries is not None
-        if name in known and not again:
-            return known[name]
-        model: Any = self._ready.get(name, self.teachers.get(name))
-        if model is None:
-            raise KeyError(f"there is no model {name!r}, only {', '.join([*self._ready, *self.teachers])}")
-        recorders, wants = self._recorders if isinstance(model, nn.Module) else [], self._wants[name]
-        with ExitStack() as stack, torch.set_grad_enabled(again or name in trains):
-            if again:  # wrappers expect one pass for every backward
-                model, raw = self.models.get(name, model), {**raw, **entries}
-                stack.enter_context(constant([] if name in trains else modules_of(model)))
-            found = [stack.enter_context(term.around(name, model)) for term in recorders]
-            if name in self._ready:
-                outputs = self.adaptor(model, raw, wants)
-            else:
-                outputs = self._ask(wants, again, model, raw)
-                # For the next update of this step, before which a shared teacher changes.
-                if len(self.updates) > 1 and not self._shared and not again:
-                    known[name] = outputs
-        for more in (*found, *([self._captures[name].take()] if name in self._captures else [])):
-            outputs.update(more)
-        outputs.of = name
-        return outputs
-
-    def _ask(self, wants: set[str], gradients: bool, teacher: Any, raw: Batch) -> Outputs:
-        """A teacher's outputs, in eval mode; constants, or with `gradients` a function of the batch."""
-        with torch.set_grad_enabled(gradients):
-            if isinstance(teacher, Ensemble):
-                return teacher.answer(raw, partial(self._ask, wants, gradients))
-            if isinstance(teacher, nn.Module):
-                with evaluating([teacher] if teacher in self._shared else []):
-                    return self.adaptor(teacher, raw, wants)
-            outputs = named(teacher(raw))
-            return outputs if gradients else Outputs((k, detached(x)) for k, x in outputs.items())
-
-    def _seen(self, update: Update, given: Sequence[_Given], trains: Sequence[str]) -> Iterator[Step]:
-        """What terms see of every batch, with what all of them count, over processes, for each process."""
-        kinds, processes = update.objective.counted, self.accelerator.num_processes if trains else 1
-        sums: list[Any] = [sum(count(each.batch, over) for each in given) for over in kinds]
+    def _totals(self, update: Update, given: Sequence[Given]) -> dict[Any, Any]:
+        """What all batches of a step count, over processes, for each process."""
+        sums = counts(given, update.objective.counted)
+        processes, device = self.accelerator.num_processes, self.accelerator.device
         if processes > 1:
-            whole = torch.stack([torch.as_tensor(s, device=self.accelerator.device) for s in sums]).float()
-            sums = list((self.accelerator.reduce(whole, "sum") / processes).unbind())
-        clamped = [s.clamp(min=1) if isinstance(s, Tensor) else max(s, 1) for s in sums]
-        totals: dict[str, Any] = dict(zip(kinds, clamped, strict=True))
-        for raw, batch, known in given:
-            yield Step(batch, partial(self._outputs, raw, trains, known), self.progress, totals)
-
-    def _given(self, raws: Iterable[Batch]) -> list[_Given]:
-        first = next(iter(self.models.values()))
-        return [_Given(raw, self.adaptor.prepare(first, raw), {}) for raw in raws]
+            whole = torch.stack([torch.as_tensor(s, device=device) for s in sums.values()]).float()
+            reduced: Any = self.accelerator.reduce(whole, "sum")
+            sums = dict(zip(sums, (reduced / processes).unbind(), strict=True))
+        return sums
 
     def _step(self, raws: Sequence[Batch], grad_norms: bool) -> Row:
         """One optimizer step; gives the values of the terms, still on the device."""
-        accelerator, row, whole = self.accelerator, {}, self._given(raws)  # type: Accelerator, Row, list[_Given]
+        accelerator, row, passes = self.accelerator, {}, self._passes  # type: Accelerator, Row, Passes
+        whole = passes.given(raws)
         for update in self.updates:
-            given = self._given(map(update.select, raws)) if update.select else whole
-            for n, step in enumerate(self._seen(update, given, update.trains)):
+            given = passes.given(map(update.select, raws)) if update.select else whole
+            steps = passes.steps(given, update.trains, self.progress, self._totals(update, given))
+            for n, step in enumerate(steps):
                 last = n == len(raws) - 1
                 with ExitStack() as stack:
                     for name in update.trains if not last else ():
-                        stack.enter_context(accelerator.no_sync(self._ready[name]))
+                        stack.enter_context(accelerator.no_sync(self._passes.ready[name]))
                     if accelerator.mixed_precision != "no":
                         stack.enter_context(accelerator.autocast())
                     if grad_norms and last:
@@ -311,7 +246,7 @@ class Distiller:
             for p in extra if accelerator.num_processes > 1 else ():
                 p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
             if self.clip is not None:
-                trained = [p for name in update.trains for p in self._ready[name].parameters()]
+                trained = [p for name in update.trains for p in self._passes.ready[name].parameters()]
                 accelerator.clip_grad_norm_([*trained, *extra], self.clip)
             for optimizer in update.optimizer:
                 (optimizer.optimizer if self._plain else optimizer).step()
@@ -422,13 +357,10 @@ class Distiller:
 
         with ExitStack() as stack:
             trained = {name for update in self.updates for name in update.trains}
-            for name in (name for name in trained if not self._ready[name].training):
-                stack.callback(self._ready[name].eval)
-                self._ready[name].train()
-            fixed = [model for name, model in self._ready.items() if name not in trained]
-            stack.enter_context(evaluating([*fixed, *(m for m in self._modules if m not in self._shared)]))
-            for capture in self._captures.values():
-                stack.enter_context(capture)
+            for name in (name for name in trained if not self._passes.ready[name].training):
+                stack.callback(self._passes.ready[name].eval)
+                self._passes.ready[name].train()
+            stack.enter_context(self._passes.open(trained))
             stack.callback(self._draw)
             stack.enter_context(pace.bar)
             for update in self.updates:
@@ -476,21 +408,21 @@ class Distiller:
         """
         self._prepare()
         means = Means()
+        passes = self._passes
         with ExitStack() as stack:
             # Wrappers would wait for processes that have no batch left.
-            stack.callback(setattr, self, "_ready", self._ready)
-            self._ready = dict(self.models)
-            stack.enter_context(evaluating([*self.models.values(), *self._modules]))
+            stack.callback(setattr, passes, "ready", passes.ready)
+            passes.ready = dict(self.models)
+            stack.enter_context(passes.open())
             cuda = self.accelerator.device.type == "cuda"
             # What is drawn here, of noise or an order, is not drawn from a fit.
             stack.enter_context(torch.random.fork_rng([self.accelerator.device] if cuda else []))
             stack.enter_context(self.accelerator.autocast())
-            for capture in self._captures.values():
-                stack.enter_context(capture)
             for raw in self.position.shard(loader, even=False):
-                given = self._given([self._placed(raw)])
+                given = passes.given([self._placed(raw)])
                 for update in self.updates:
-                    (step,) = self._seen(update, given, ())
+                    totals = counts(given, update.objective.counted)
+                    (step,) = passes.steps(given, (), self.progress, totals)
                     for name, (part, value) in update.objective.parts(step).items():
                         term: Any = update.objective.terms[name]
                         n = float(count(step.batch, term.over))
@@ -566,7 +498,7 @@ class Distiller:
         self._prepare()
         accelerator, scaler = self.accelerator, self.accelerator.scaler
         state = {
-            "models": {name: accelerator.get_state_dict(model) for name, model in self._ready.items()},
+            "models": {name: accelerator.get_state_dict(model) for name, model in self._passes.ready.items()},
             "updates": [[part.state_dict() for part in _parts(update)] for update in self.updates],
             "progress": asdict(self.progress),
             "best": self.best, "worse": self._worse, "monitor": self._monitor,

@@ -1,0 +1,281 @@
+"""`DistillMixin`: trainers of `transformers` and TRL that minimise an objective of the thin trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import storage
+from ..train.objective import Objective, Progress, Term
+from ..train.outputs import Adaptor
+from ..train.passes import Passes, counts
+from ..train.records import Means
+from ..train.teachers import Ensemble, Stored, modules_of
+from ..train.terms import HardLabels, SoftTargets
+from .models import rows, unwrap
+
+# A trainer, which comes after it in the order of classes.
+_Trainer: Any = object
+
+# Of batches, what an objective takes that no model does.
+_ENTRIES = ("mask", "token_weights", "teacher")
+_FOLDER = "objective"
+
+
+class DistillMixin(_Trainer):
+    """Makes a trainer distil: `class KD(hf.DistillMixin, Trainer)`, or `SFTTrainer`.
+
+    Its loss is an objective instead of the model's own; everything else is the trainer's: data, accumulation,
+    mixed precision, processes, saving and resuming. Every term is a mean over all that the accumulated
+    batches of all processes count (of each process alone without `average_tokens_across_devices`). Language
+    models are asked for their heads, so that logits are not made. Every term is logged beside `loss`;
+    `eval_loss` is a mean over items, and so are the terms' `eval_` figures. The teacher is frozen, in eval
+    mode, and as it was afterwards.
+
+    Args:
+        *args: Of the trainer.
+        teacher: A model; the folder of one; a function of the batch, an `Ensemble` or a list, as `Distiller`
+            takes them; None where batches bring it.
+        objective: An `Objective`; None for soft targets and labels with the next four.
+        divergence: As `kd_loss` takes it.
+        temperature: T.
+        soft_weight: Weight of the soft targets.
+        hard_weight: Weight of the labels.
+        teacher_tokenizer: To be compared with the trainer's; None for the one in the teacher's folder.
+        adaptor: As `Distiller` takes it.
+        **kwargs: Of the trainer.
+
+    Raises:
+        TypeError: An objective that is none.
+        ValueError: Other options beside an objective; tokenizers that differ; a trainer with another loss.
+
+    Example:
+        >>> class KD(hf.DistillMixin, Trainer): ...
+        >>> KD(student, args, train_dataset=data, teacher=teacher, temperature=2.0, hard_weight=0.1).train()
+    """
+
+    # The loss is a mean over the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Any = None,
+        objective: Objective | None = None,
+        divergence: Any = "forward_kl",
+        temperature: float = 1.0,
+        soft_weight: float = 1.0,
+        hard_weight: float = 0.0,
+        teacher_tokenizer: Any = None,
+        adaptor: Adaptor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        simple = {"soft": SoftTargets(divergence, temperature, soft_weight), "hard": HardLabels(hard_weight)}
+        if objective is None:
+            terms: dict[str, Term] = {name: term for name, term in simple.items() if term.weight != 0}
+            objective = Objective(**terms)
+        elif not isinstance(objective, Objective):
+            raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
+        elif (divergence, temperature, soft_weight, hard_weight) != ("forward_kl", 1.0, 1.0, 0.0):
+            raise ValueError("give an objective, or divergence, temperature and weights, and not both")
+        super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            raise ValueError(
+                "the objective is the loss: leave out compute_loss_func and label_smoothing_factor"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process are not supported: start one for each, by torchrun "
+                "or accelerate launch"
+            )
+        if isinstance(teacher, (str, Path)):
+            teacher_tokenizer = teacher_tokenizer or _tokenizer_in(Path(teacher))
+            teacher = _model_in(Path(teacher), self.model)
+        _check_tokenizers(self.processing_class, teacher_tokenizer)
+        self.model_accepts_loss_kwargs = True  # in versions that ask for this to know how a loss is scaled
+        self.objective, self.adaptor = objective.to(self.args.device), adaptor or Adaptor()
+        given = Stored() if teacher is None else teacher
+        self.teacher = Ensemble(given) if isinstance(given, (list, tuple)) else given
+        for module in modules_of(self.teacher):
+            if not hasattr(module, "hf_device_map") and not any(
+                hasattr(p, "full_tensor") for p in module.parameters()
+            ):
+                module.to(self.args.device)
+        self._kd_passes: Passes | None = None
+        self._kd_totals: dict[Any, Any] | None = None
+        self._kd_sums: dict[str, Any] = {}
+        self._kd_steps = 0
+        self._kd_means: Means | None = None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Batches of an optimizer step, of which all is counted here."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if samples:
+            given = self._passes().given([dict(batch) for batch in samples])
+            totals, world = counts(given, self.objective.counted), self.accelerator.num_processes
+            if world > 1 and self.args.average_tokens_across_devices:
+                device = self.args.device
+                whole = torch.stack([torch.as_tensor(s, device=device) for s in totals.values()]).float()
+                reduced: Any = self.accelerator.reduce(whole, "sum")
+                totals = dict(zip(totals, (reduced / world).unbind(), strict=True))
+            self._kd_totals, self._kd_steps = totals, self._kd_steps + 1
+            for p in self.objective.parameters():  # the trainer does this of its model alone
+                p.grad = None
+        return samples, items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective of a batch, its part of the means over the accumulated batches."""
+        passes, learns = self._passes(), torch.is_grad_enabled() and model.training
+        passes.ready["student"] = model
+        given = passes.given([dict(inputs)])
+        totals = self._kd_totals if learns and self._kd_totals else counts(given, self.objective.counted)
+        done = Progress(self.state.global_step, int(self.state.epoch or 0))
+        done.fraction = self.state.global_step / max(self.state.max_steps, 1)
+        with passes.open(("student",) if learns else ()), self.accelerator.autocast():
+            (step,) = passes.steps(given, ("student",) if learns else (), done, totals)
+            loss, values = self.objective(step)
+            outputs = {"loss": loss, "logits": step.student["logits"]} if return_outputs else None
+        if learns and not loss.requires_grad:
+            raise ValueError(
+                "the objective gives no gradient: no term has weight now, or uses what is trained"
+            )
+        self._note(values, loss, counts(given, self.objective.counted), learns)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Logits are made where something else than the loss is asked for."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), outputs["logits"].detach(), inputs.get("labels")
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; what terms have made is trained, too."""
+        loss = super().training_step(*args, **kwargs)
+        extra = self._adopt()
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            for p in extra:
+                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")  # type: ignore[assignment]
+        return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Likewise, where a checkpoint has brought it."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._adopt()
+        return optimizer
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """As the trainer's, with means of every term."""
+        self._kd_means = Means()
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        result = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        for name, figure in self._kd_means.over(self.accelerator.num_processes).items():
+            result.metrics[f"{metric_key_prefix}_{name}"] = figure
+        self._kd_means = None
+        return result
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the terms' means over the steps since they were logged last."""
+        if "loss" in logs and self._kd_steps:
+            names = list(self._kd_sums)
+            stacked = torch.stack([torch.as_tensor(self._kd_sums[n]).float() for n in names]) / self._kd_steps
+            means: Any = self.accelerator.reduce(stacked.to(self.args.device), "mean")
+            logs |= dict(zip(names, means.tolist(), strict=True))
+            self._kd_sums, self._kd_steps = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def _note(
+        self, values: Mapping[str, Tensor], loss: Tensor, sizes: Mapping[Any, Any], learns: bool
+    ) -> None:
+        if learns:
+            for name, value in values.items():
+                self._kd_sums[name] = self._kd_sums.get(name, 0.0) + value
+        elif self._kd_means is not None:
+            for name, value in values.items():
+                term: Any = self.objective.terms[name]
+                self._kd_means.add(name, float(value), float(sizes[term.over]))
+            self._kd_means.add("loss", float(loss), float(sizes["items"]))
+
+    def _passes(self) -> Passes:
+        if self._kd_passes is None:
+            student = {"student": unwrap(self.model)}
+            terms = list(self.objective.terms.values())
+            self._kd_passes = Passes(student, student, {"teacher": self.teacher}, terms, self.adaptor)
+        return self._kd_passes
+
+    def _adopt(self) -> list[nn.Parameter]:
+        """What terms have made, given to the optimizer."""
+        extra = [p for p in self.objective.parameters() if p.requires_grad]
+        if extra and self.optimizer is not None:
+            groups = self.optimizer.param_groups
+            known = {id(p) for group in groups for p in group["params"]}
+            groups[0]["params"] += [p for p in extra if id(p) not in known]
+        return extra
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: Any = list(dict.fromkeys([*self._signature_columns, *_ENTRIES]))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and self.objective.state_dict():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            storage.save(folder / _FOLDER, self.objective.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if storage.is_saved(folder := Path(resume_from_checkpoint) / _FOLDER):
+            self.objective.load_state_dict(storage.load(folder))
+            self.objective.to(self.args.device)
+
+
+def _model_in(folder: Path, student: Any) -> nn.Module:
+    """The model of a folder, of the student's kind."""
+    import transformers
+
+    name = "AutoModelForCausalLM"
+    if rows(unwrap(student)) == "tokens":
+        seq2seq = unwrap(student).config.is_encoder_decoder  # type: ignore[union-attr]
+        name = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForMaskedLM"
+    elif rows(unwrap(student)) == "samples":
+        name = "AutoModelForSequenceClassification"
+    return getattr(transformers, name).from_pretrained(folder)
+
+
+def _tokenizer_in(folder: Path) -> Any:
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _check_tokenizers(ours: Any, theirs: Any) -> None:
+    """Refuses a teacher that counts tokens otherwise."""
+    if not (hasattr(ours, "get_vocab") and hasattr(theirs, "get_vocab")):
+        return
+    names = [getattr(t, "name_or_path", "") or type(t).__name__ for t in (ours, theirs)]
+    vocabularies = [t.get_vocab() for t in (ours, theirs)]
+    if vocabularies[0] == vocabularies[1]:
+        return
+    sizes = [len(v) for v in vocabularies]
+    hashes = [hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:12] for v in vocabularies]
+    what = "sizes" if sizes[0] != sizes[1] else "hashes of the same size"
+    raise ValueError(
+        f"student and teacher must have one tokenizer, and the student's {names[0]!r} has {sizes[0]} tokens "
+        f"({hashes[0]}), the teacher's {names[1]!r} {sizes[1]} ({hashes[1]}): they differ in their {what}"
+    )

@@ -1,0 +1,237 @@
+"""`hf.DistillMixin`: a trainer's updates are those of the loss by hand, however batches are cut."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
+
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import kdkernels as kd
+from kdkernels.train import HardLabels, Hint, Objective, SoftTargets
+
+V, T, SOFT, HARD, RATE = 50, 2.0, 0.7, 0.3, 0.5
+
+
+class KD(kd.hf.DistillMixin, Trainer):  # type: ignore[misc, name-defined]
+    pass
+
+
+def llama(width: int, layers: int = 1, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    return model
+
+
+def data(rows: int = 16) -> list[dict[str, Tensor]]:
+    """Rows of 9 tokens, of which 2 to 8 are answers: a ragged share counts."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for n in range(rows):
+        ids = torch.randint(1, V, (9,), generator=generator)
+        prompt = 1 + n % 7
+        found.append({"input_ids": ids, "labels": torch.where(torch.arange(9) < prompt, -100, ids)})
+    return found
+
+
+def arguments(folder: Any, batch: int, accumulate: int, **more: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "max_steps": 2,
+        "optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+        "logging_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
+        "dataloader_pin_memory": False, "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    return TrainingArguments(output_dir=str(folder), **{**options, **more})
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def eager(batches: list[list[dict[str, Tensor]]]) -> tuple[Tensor, list[dict[str, float]]]:
+    """Plain PyTorch, each list one step: the mean over all tokens that count."""
+    student, teacher = llama(8), llama(12, seed=5).eval()
+    figures = []
+    for rows in batches:
+        ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            v = teacher(input_ids=ids).logits[:, :-1]
+        z, y = student(input_ids=ids).logits[:, :-1], labels[:, 1:]
+        keep = y != -100
+        lq, lp = (z[keep] / T).log_softmax(-1), (v[keep] / T).log_softmax(-1)
+        soft = T**2 * (lp.exp() * (lp - lq)).sum(-1).mean()
+        hard = F.cross_entropy(z[keep], y[keep])
+        loss = SOFT * soft + HARD * hard
+        figures.append({"loss": float(loss), "soft": float(soft), "hard": float(hard)})
+        gradients = torch.autograd.grad(loss, [*student.parameters()])
+        with torch.no_grad():
+            for p, g in zip(student.parameters(), gradients, strict=True):
+                p -= RATE * g
+    return weights(student), figures
+
+
+def trained(folder: Any, batch: int, accumulate: int, **more: Any) -> tuple[Tensor, list[dict[str, float]]]:
+    student, teacher = llama(8), llama(12, seed=5)
+    trainer = KD(
+        student, arguments(folder, batch, accumulate, **more), train_dataset=data(), teacher=teacher,
+        temperature=T, soft_weight=SOFT, hard_weight=HARD,
+    )  # fmt: skip
+    trainer.train()
+    assert teacher.training and all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    return weights(student), [row for row in trainer.state.log_history if "loss" in row]
+
+
+def close(found: tuple[Tensor, Any], wanted: tuple[Tensor, Any]) -> None:
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
+    for row, other in zip(found[1], wanted[1], strict=True):
+        for name, figure in other.items():
+            assert row[name] == pytest.approx(figure, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize(("batch", "accumulate"), [(8, 1), (2, 4)])
+def test_updates_are_those_of_the_loss_by_hand(batch: int, accumulate: int, tmp_path: Path) -> None:
+    rows = data()
+    close(trained(tmp_path, batch, accumulate), eager([rows[:8], rows[8:]]))
+
+
+def _process(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+        ACCELERATE_USE_CPU="1",
+    )  # fmt: skip
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for accumulate in (1, 4):
+        found = trained(f"{folder}/{accumulate}", 4 // accumulate, accumulate)
+        torch.save(found, f"{folder}/{accumulate}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Rows go to processes in turn, batch by batch; all tokens of a step count alike."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    rows = data()
+    wanted = eager([rows[:8], rows[8:]])
+    for accumulate in (1, 4):
+        for rank in (0, 1):
+            close(torch.load(tmp_path / f"{accumulate}-{rank}.pt"), wanted)
+
+
+def test_evaluation_is_a_mean_over_tokens(tmp_path: Path) -> None:
+    """Over batches of unequal counts, of the loss and every term; logits are made when they are asked for."""
+    student, teacher = llama(8), llama(12, seed=5)
+    rows = data(6)
+    trainer = KD(
+        student, arguments(tmp_path, 2, 1, per_device_eval_batch_size=4), train_dataset=rows,
+        eval_dataset=rows, teacher=teacher, temperature=T, soft_weight=SOFT, hard_weight=HARD,
+    )  # fmt: skip
+    found = trainer.evaluate()
+    (wanted,) = eager([rows])[1]
+    for name, figure in wanted.items():
+        assert found[f"eval_{name}"] == pytest.approx(figure, rel=1e-4)
+    assert trainer.predict(rows).predictions.shape == (6, 9, V)
+
+
+def test_an_objective_of_any_terms_is_resumed(tmp_path: Path) -> None:
+    """With a projector, which the trainer's optimizer gets, and checkpoints keep."""
+    rows = data()
+
+    def run(folder: Path, steps: int, resume: bool = False) -> tuple[Tensor, Tensor, set[str]]:
+        student, teacher = llama(8), llama(12, seed=5)
+        goals = Objective(
+            soft=SoftTargets(temperature=T), hard=HardLabels(0.5),
+            hint=Hint("model.layers.0", "model.layers.0", 0.1),
+        )  # fmt: skip
+        torch.manual_seed(3)
+        given = arguments(
+            folder, 4, 1, max_steps=steps, save_strategy="steps", save_steps=2, optim="adamw_torch",
+            learning_rate=1e-2,
+        )  # fmt: skip
+        trainer = KD(student, given, train_dataset=rows, teacher=teacher, objective=goals)
+        trainer.train(resume_from_checkpoint=resume or None)
+        projector = torch.cat([p.detach().flatten() for p in goals.parameters()])
+        return weights(student), projector, {name for row in trainer.state.log_history for name in row}
+
+    whole = run(tmp_path / "whole", 4)
+    assert {"soft", "hard", "hint", "loss"} <= whole[2]
+    run(tmp_path / "parts", 2)
+    parts = run(tmp_path / "parts", 4, resume=True)
+    torch.testing.assert_close(parts[0], whole[0])
+    torch.testing.assert_close(parts[1], whole[1])
+
+
+def test_a_teacher_from_a_folder_and_a_teacher_in_the_batch(tmp_path: Path) -> None:
+    teacher, rows = llama(12, seed=5), data(4)
+    teacher.save_pretrained(tmp_path / "teacher")
+    with torch.no_grad():
+        brought = [
+            {**row, "teacher": teacher.eval()(input_ids=row["input_ids"][None]).logits[0]} for row in rows
+        ]
+    found = []
+    for given, where in ((rows, teacher), (rows, str(tmp_path / "teacher")), (brought, None)):
+        student = llama(8)
+        KD(student, arguments(tmp_path, 4, 1, max_steps=1), train_dataset=given, teacher=where).train()
+        found.append(weights(student))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])
+
+
+class Words:
+    """A tokenizer, as far as it is compared."""
+
+    def __init__(self, name: str, words: list[str]) -> None:
+        self.name_or_path, self.words = name, words
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: n for n, word in enumerate(self.words)}
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    student, teacher, rows = llama(8), llama(12), data(2)
+    given = arguments(tmp_path, 2, 1)
+    ours = Words("ours", ["a", "b"])
+    for other, said in (
+        (["a", "b", "c"], r"'other' 3 .*differ in their sizes"),
+        (["b", "a"], "hashes of the same"),
+    ):
+        with pytest.raises(ValueError, match=f"the student's 'ours' has 2 tokens.*{said}"):
+            KD(
+                student, given, train_dataset=rows, teacher=teacher, processing_class=ours,
+                teacher_tokenizer=Words("other", other),
+            )  # fmt: skip
+    with pytest.raises(TypeError, match="objective must be an Objective, got float"):
+        KD(student, given, train_dataset=rows, teacher=teacher, objective=0.5)
+    with pytest.raises(ValueError, match="give an objective, or divergence, temperature and weights"):
+        KD(student, given, teacher=teacher, objective=Objective(a=SoftTargets()), temperature=2.0)
+    with pytest.raises(ValueError, match="leave out compute_loss_func"):
+        KD(student, given, teacher=teacher, compute_loss_func=lambda *a, **k: 0)
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
+    with pytest.raises(ValueError, match="a term needs labels, and the batch has none"):
+        KD(student, given, train_dataset=unlabelled, teacher=teacher, hard_weight=0.5).train()
+    other = copy.deepcopy(teacher)
+    other.resize_token_embeddings(V + 2)
+    with pytest.raises(ValueError, match="student and teacher must have the same vocabulary"):
+        KD(student, given, train_dataset=rows, teacher=other).train()
