@@ -54,14 +54,19 @@ def data(rows: int = 16) -> list[dict[str, Tensor]]:
     return found
 
 
-def arguments(folder: Any, batch: int, accumulate: int, **more: Any) -> TrainingArguments:
+def settings(batch: int, accumulate: int, **more: Any) -> dict[str, Any]:
+    """Two steps of plain gradient descent, in order."""
     options: dict[str, Any] = {
         "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "max_steps": 2,
         "optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
         "logging_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
         "dataloader_pin_memory": False, "train_sampling_strategy": "sequential",
     }  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), **{**options, **more})
+    return {**options, **more}
+
+
+def arguments(folder: Any, batch: int, accumulate: int, **more: Any) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), **settings(batch, accumulate, **more))
 
 
 def weights(model: nn.Module) -> Tensor:
@@ -197,6 +202,34 @@ def test_a_teacher_from_a_folder_and_a_teacher_in_the_batch(tmp_path: Path) -> N
         found.append(weights(student))
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0])
+
+
+def test_in_trls_trainer_it_is_the_same(tmp_path: Path) -> None:
+    """Its collator makes the same labels of masks, and the updates are the same."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    class SFT(kd.hf.DistillMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+        pass
+
+    words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(V)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    rows = [
+        {"input_ids": row["input_ids"].tolist(), "completion_mask": (row["labels"] != -100).int().tolist()}
+        for row in data()
+    ]
+    student, teacher = llama(8), llama(12, seed=5)
+    trainer = SFT(
+        student,
+        trl.SFTConfig(output_dir=str(tmp_path), bf16=False, completion_only_loss=True, **settings(2, 4)),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, teacher=teacher,
+        temperature=T, soft_weight=SOFT, hard_weight=HARD,
+    )  # fmt: skip
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    wanted = data()
+    close((weights(student), logged), eager([wanted[:8], wanted[8:]]))
 
 
 class Words:

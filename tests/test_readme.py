@@ -86,6 +86,20 @@ def test_the_trainers_snippets_run(names: dict[str, Any], capsys: pytest.Capture
     assert all(f"'{name}'" in printed for name in ("soft", "hard", "hint", "loss", "accuracy"))
 
 
+def test_the_diff_for_a_trainer_runs(names: dict[str, Any], tmp_path: Path) -> None:
+    """What is left of the README's diff when it is applied."""
+    pytest.importorskip("accelerate")
+    transformers: Any = pytest.importorskip("transformers")
+    names["args"] = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    names["data"] = [{"input_ids": row, "labels": row} for row in names["batch"]["input_ids"]]
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.S)
+    code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    exec(compile(code, "<README>", "exec"), names)
+    assert {"soft", "hard", "loss"} <= {*names["trainer"].state.log_history[0]}
+
+
 def test_every_recipe_is_named() -> None:
     recipes = pytest.importorskip("kdkernels.train.recipes")
     table = README.split("| recipe | minimises |")[1].split("\n\n")[0]

@@ -167,7 +167,7 @@ class DistillMixin(_Trainer):
         extra = self._adopt()
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             for p in extra:
-                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")  # type: ignore[assignment]
+                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
         return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
