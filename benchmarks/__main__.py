@@ -10,6 +10,7 @@ BENCHMARKS = {
     "divergences": "every divergence, noise, a mixture: time, share of bandwidth, peak memory, error",
     "linear": "hidden states and heads: time beside the bare products, peak memory, error",
     "trainer": "a step of the trainer beside the same step written by hand",
+    "hf": "a step of a transformers trainer beside the loss written by hand: time, peak memory",
     "solver": "one distribution from a generalist and 20 specialists: time, agreement with descent",
     "strategies": "every strategy of the literature beside its control: differences over seeds, verdicts",
     "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
