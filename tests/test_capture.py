@@ -11,7 +11,7 @@ pytest.importorskip("accelerate")
 import torch
 from torch import Tensor, nn
 
-from kdkernels.integrations.capture import Capture
+from kdkernels.models.capture import Capture
 
 
 class Block(nn.Module):

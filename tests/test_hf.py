@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 import kdkernels as kd
-from kdkernels.integrations import models
+from kdkernels.models import calls, heads
 
 V = 97
 SIZE: dict[str, Any] = {
@@ -94,12 +94,12 @@ def batch() -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_head_is_the_models_logits(name: str) -> None:
     model = made(name)
-    theirs = model(**models.inputs(model, batch())).logits
+    theirs = model(**calls.inputs(model, batch())).logits
     for _ in range(2):  # at first use, and afterwards
         head = kd.hf.head(model, **batch())
         assert (head.scale, head.softcap, head.bias is not None) == FAMILIES[name][1]
         torch.testing.assert_close(head.logits(), theirs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(**models.inputs(model, batch())).logits, theirs)  # it is as it was
+    torch.testing.assert_close(model(**calls.inputs(model, batch())).logits, theirs)  # it is as it was
     loss, other = (
         kd.kd_loss(source, torch.zeros_like(theirs), divergence="reverse_kl") for source in (head, theirs)
     )
@@ -123,7 +123,7 @@ def test_logits_are_not_made() -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        result = kd.hf.outputs(model, given)
+        result = heads.outputs(model, given)
     assert result["head"].hidden.shape == (2, 7, 32) and "logits" not in result
     assert max(size for size in sizes if size != 5000 * 32) < 14 * 5000
 

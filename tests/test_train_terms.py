@@ -213,7 +213,7 @@ def test_what_rows_of_a_models_logits_are() -> None:
     """By the names of classes; of those that generate from a condition, by their configuration."""
     from types import SimpleNamespace
 
-    from kdkernels.integrations.models import rows
+    from kdkernels.models.calls import rows
 
     def kind(name: str, **config: Any) -> str:
         model = type(name, (nn.Module,), {})()

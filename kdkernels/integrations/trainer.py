@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import storage
+from ..models.calls import rows, unwrap
 from ..train.objective import Objective, Progress, Term
 from ..train.outputs import Adaptor
 from ..train.passes import Passes, counts
 from ..train.records import Means
 from ..train.teachers import Ensemble, Stored, modules_of
 from ..train.terms import HardLabels, SoftTargets
-from .models import rows, unwrap
 
 # A trainer, which comes after it in the order of classes.
 _Trainer: Any = object

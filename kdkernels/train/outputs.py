@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..integrations import hf
-from ..integrations.models import counted, inputs, is_from_transformers, unwrap
+from ..models import heads
+from ..models.calls import counted, inputs, is_from_transformers, unwrap
 from ..sources import Head, Logits, Mixture
 
 # Of a batch, what is for the objective and not for the model.
@@ -107,8 +107,8 @@ class Adaptor:
         inner = unwrap(model)
         if is_from_transformers(inner):
             known = {k: v for k, v in raw.items() if k == "labels" or k not in NOT_INPUTS}
-            if self.heads and hf.has_head(inner):
-                return Outputs(hf.outputs(model, known, wants))
+            if self.heads and heads.has_head(inner):
+                return Outputs(heads.outputs(model, known, wants))
             return named(model(**inputs(inner, known, wants)))
         if "inputs" in raw:
             return named(model(raw["inputs"]))

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..integrations.capture import Capture
-from ..integrations.models import constant, evaluating
+from ..models.calls import constant, evaluating
+from ..models.capture import Capture
 from .objective import Over, Progress, Step, Term, count
 from .outputs import Adaptor, Batch, Outputs, detached, named
 from .teachers import Ensemble, modules_of

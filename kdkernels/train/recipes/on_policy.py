@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ...divergences import JSD
-from ...integrations.models import IGNORE_INDEX, evaluating, unwrap
+from ...models.calls import IGNORE_INDEX, evaluating, unwrap
 from ..distiller import Distiller
 from ..objective import Weight
 from ..outputs import Batch

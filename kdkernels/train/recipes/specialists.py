@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
-from ...integrations.models import IGNORE_INDEX
+from ...models.calls import IGNORE_INDEX
 from ..distiller import Update
 from ..objective import Objective
 from ..outputs import named

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...integrations.models import IGNORE_INDEX
+from ...models.calls import IGNORE_INDEX
 from ..objective import Step, Term, Weight
 
 # Nodes of autograd's graph whose second derivative is 0 wherever there is one.

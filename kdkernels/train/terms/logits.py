@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...divergences import DKD, BinaryKL, LogitMSE
 from ...functional import check_options, kd_loss, kd_loss_with_stats
-from ...integrations.models import IGNORE_INDEX
+from ...models.calls import IGNORE_INDEX
 from ...sources import Head, Logits
 from ..objective import Over, Step, Term, Weight
 from ..outputs import detached

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...integrations.models import unwrap
+from ...models.calls import unwrap
 from ..objective import Step, Weight
 from .features import Pairs, TokenTerm
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .models import unwrap
+from .calls import unwrap
 
 # What wrappers put into the names of the modules inside them; a wrapper of it all is taken off before.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

@@ -1,0 +1,1 @@
+"""Models of others: how they are called, what is captured in them, and the heads of language models."""
