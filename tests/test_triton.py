@@ -52,6 +52,29 @@ def test_closed_forms_are_the_sums_of_the_table(name: str) -> None:
     )
 
 
+@needs_triton
+def test_constants_are_the_same_at_the_next_launch() -> None:
+    """Triton refuses a second launch of a kernel one of whose constants is not equal to what it was."""
+    import triton.language as tl
+
+    from kdkernels.backends import (
+        triton_blocks,
+        triton_kernels,
+        triton_math,
+        triton_noise,
+        triton_teachers,
+    )
+
+    modules = (triton_blocks, triton_kernels, triton_math, triton_noise, triton_teachers)
+    constants = {
+        (module.__name__, name): value.value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, tl.constexpr)
+    }
+    assert constants and {at for at, value in constants.items() if value != value} == set()
+
+
 # Builds
 
 

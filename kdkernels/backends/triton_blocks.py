@@ -14,7 +14,7 @@ from . import triton_math, triton_noise
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NEG_INF = tl.constexpr(float("-inf"))
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
+# No NaN: at each launch Triton compares constants with those of the build, and NaN is never the same.
 NO_NOISE = triton_noise.NO_NOISE
 
 

@@ -20,7 +20,7 @@ from . import triton_blocks as blocks
 from . import triton_noise, triton_teachers
 from .triton_blocks import on_device
 
-NEG_INF, INF, NAN = blocks.NEG_INF, blocks.INF, blocks.NAN
+NEG_INF, INF = blocks.NEG_INF, blocks.INF
 # What a launch makes: the loss; the loss and the gradient; the loss and the row's state; from the state, the
 # gradient times the upstream one.
 LOSS, GRADIENT, STATE, SCALED_GRADIENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -275,7 +275,7 @@ def row_kernel(
         correct = zero
         # A label out of range makes its row NaN: looking at it on the host would wait for the device.
         valid = labelled & (label >= 0) & (label < classes)
-        poison = tl.where(labelled & (valid == 0), NAN, 0.0)
+        poison = tl.where(labelled & (valid == 0), float("nan"), 0.0)
         # As columns are, since a number of 64 bits would take twice the registers and comparisons.
         target = tl.where(valid, label, -1).to(tl.int32)
         weight = tl.full((), 1.0, tl.float64)
@@ -433,7 +433,7 @@ def row_kernel(
                 # A term of weight 0 is absent, also where it is infinite.
                 around = tl.where(a0 == 0, 0.0, a0 * PHI_OF_MARGINS(margin_z, margin_v))
                 # A counted row needs a label.
-                gamma = a0 * G_OF_MARGINS(margin_z, margin_v) + tl.where(valid, 0.0, NAN)
+                gamma = a0 * G_OF_MARGINS(margin_z, margin_v) + tl.where(valid, 0.0, float("nan"))
             if HARD != NO_HARD and not BINARY:
                 x_t = z_t * by_1
                 if TARGET:
@@ -519,7 +519,7 @@ def row_kernel(
                 sum_g = tl.sum(gs, 0)
             if TARGET:
                 nobody = lse_v == INF
-                soft = tl.where(nobody, 0.0, soft) + around + tl.where(valid, 0.0, NAN)
+                soft = tl.where(nobody, 0.0, soft) + around + tl.where(valid, 0.0, float("nan"))
                 sum_g = tl.where(nobody, 0.0, sum_g) + gamma
             if MODE == STATE:
                 tl.store(state_ptr + n, shift_z)
@@ -610,7 +610,7 @@ def row_kernel(
                     if SUMS and STATS:
                         right += blocks.group_sums((inside & ((lq > 0) == (y > 0.5))).to(R), GROUP, AXIS)
                     # What is no probability makes its class NaN, and the loss.
-                    y = tl.where((y >= 0) & (y <= 1), y.to(R), NAN)
+                    y = tl.where((y >= 0) & (y <= 1), y.to(R), float("nan"))
                     if SUMS:
                         hards += blocks.group_sums(PHI_OF_LABELS(x, y), GROUP, AXIS)
                     if WRITES:
