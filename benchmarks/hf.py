@@ -2,7 +2,7 @@
 
 Both are the Trainer of `transformers` on the same models of random weights, Llama's shapes with a large
 vocabulary: the time of a training step, in turn within one process, and its peak memory beyond what was there
-before, each in a process of its own.
+before, each in a process of its own. With ``--device cuda`` it is what `benchmarks/hf_gpu.py` says.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from kdkernels import bench
 RESULTS = Path(__file__).parent / "results"
 FASTER, SMALLER = 2.0, 1 / 3
 TEMPERATURE, SOFT, HARD = 2.0, 0.9, 0.1
+DEFAULTS = {
+    "cpu": {"rounds": 8, "vocab": 131_072, "rows": 4, "length": 128},
+    "cuda": {"rounds": 16, "vocab": 151_936, "rows": 8, "length": 1024},
+}
 
 
 class ByHand(Trainer):
@@ -103,15 +107,29 @@ def peak(send: Any, name: str, vocab: int, rows: int, length: int, threads: int)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns its exit status."""
     p = argparse.ArgumentParser(prog="python -m benchmarks hf", description=__doc__)
-    p.add_argument("--rounds", type=int, default=8, help="default: %(default)s")
-    p.add_argument("--vocab", type=int, default=131_072, help="default: %(default)s")
-    p.add_argument("--rows", type=int, default=4, help="sequences of a batch; default: %(default)s")
-    p.add_argument("--length", type=int, default=128, help="their tokens; default: %(default)s")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    sizes = {
+        name: f"default: {n:,}; on a GPU {DEFAULTS['cuda'][name]:,}" for name, n in DEFAULTS["cpu"].items()
+    }
+    p.add_argument("--rounds", type=int, help=f"steps that are timed; {sizes['rounds']}")
+    p.add_argument("--vocab", type=int, help=sizes["vocab"])
+    p.add_argument("--rows", type=int, help=f"sequences of a batch; {sizes['rows']}")
+    p.add_argument("--length", type=int, help=f"their tokens; {sizes['length']}")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    p.add_argument("--json", type=Path, default=RESULTS / "hf-cpu.json", metavar="PATH")
-    p.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    p.add_argument("--json", type=Path, metavar="PATH", help="default: of the device, in benchmarks/results")
+    p.add_argument(
+        "--check", action="store_true", help="exit with 1 if a target is missed; those are a CPU's"
+    )
+    p.add_argument("--quick", action="store_true", help="the GPU's runs with tiny models, on any device")
     options = p.parse_args(arguments)
+    for name, default in DEFAULTS[options.device].items():
+        setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
+    options.json = options.json or RESULTS / f"hf-{options.device}.json"
     torch.set_num_threads(options.threads)
+    if options.device == "cuda" or options.quick:
+        from benchmarks import hf_gpu
+
+        return hf_gpu.main(options)
     shape = options.vocab, options.rows, options.length
     progress, neighbours = bench.Progress(), bench.Neighbours()
     memory = {}
