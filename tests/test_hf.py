@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import kdkernels as kd
 from kdkernels.models import calls, heads
+from kdkernels.train import Adaptor
 
 V = 97
 SIZE: dict[str, Any] = {
@@ -44,6 +46,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[float, float | None, bool]]] = {
     "MiniCPM3Config": ({**SIZE, "dim_model_base": 8}, (1.0, None, False)),  # hidden states are
     "PhiConfig": (SIZE, (1.0, None, True)),
     "Phi3Config": (SIZE, (1.0, None, False)),
+    "FalconH1Config": (
+        {**SIZE, "lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+         "mamba_d_state": 8, "mamba_chunk_size": 8}, (0.5, None, False),
+    ),
     "GPT2Config": ({**SPECIAL, "n_embd": 32, "n_layer": 2, "n_head": 4}, (1.0, None, False)),
     "GPTNeoXConfig": (SIZE, (1.0, None, False)),
     "OPTConfig": ({**SIZE, "ffn_dim": 64, "word_embed_proj_dim": 32}, (1.0, None, False)),
@@ -59,6 +65,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[float, float | None, bool]]] = {
     "BartConfig": (
         {**SPECIAL, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
          "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}, (1.0, None, True),
+    ),
+    "M2M100Config": (  # which only makes its decoder's inputs itself, of labels
+        {**SPECIAL, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+         "decoder_start_token_id": 2}, (1.0, None, False),
     ),
 }  # fmt: skip
 
@@ -110,6 +121,13 @@ def test_a_head_is_the_models_logits(name: str) -> None:
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-9)
+
+
+def test_a_decoders_inputs_are_those_that_the_model_makes_of_labels() -> None:
+    for name in ("T5Config", "BartConfig", "M2M100Config"):
+        model = made(name)
+        theirs = model(**{**batch(), "use_cache": False}).logits
+        torch.testing.assert_close(model(**calls.inputs(model, batch())).logits, theirs)
 
 
 def test_logits_are_not_made() -> None:
@@ -223,16 +241,115 @@ def test_through_adapters() -> None:
         kd.hf.head(other, **batch())
 
 
+def test_an_adapter_that_puts_tokens_first() -> None:
+    """Hidden states are those of the batch's tokens."""
+    peft = pytest.importorskip("peft")
+    for kind in (peft.PromptTuningConfig, peft.PrefixTuningConfig):
+        model = peft.get_peft_model(
+            made("LlamaConfig"), kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        ).eval()
+        theirs = model(input_ids=batch()["input_ids"], attention_mask=batch()["attention_mask"]).logits
+        torch.testing.assert_close(kd.hf.head(model, **batch()).logits(), theirs[:, -7:])
+
+
+class Student(transformers.LlamaForCausalLM):
+    """Somebody's own, by another name."""
+
+
+def test_what_rows_are_is_found_in_adapters_and_in_what_a_class_is_made_of() -> None:
+    llama = transformers.LlamaConfig(**SIZE)
+    assert calls.rows(Student(llama)) == calls.rows(transformers.LlamaForCausalLM(llama)) == "causal"
+    assert calls.rows(transformers.LlamaForSequenceClassification(llama)) == "samples"
+    encoders = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "encoder_attention_heads": 4}
+    marian = transformers.MarianMTModel(
+        transformers.MarianConfig(**SPECIAL, **encoders, decoder_attention_heads=4, decoder_start_token_id=0)
+    )
+    assert calls.rows(marian) == "tokens" and heads.has_head(marian)
+    peft = pytest.importorskip("peft")
+    for name, kind in (("LlamaConfig", "causal"), ("T5Config", "tokens"), ("BertConfig", "tokens")):
+        target = {"T5Config": "q", "BertConfig": "query"}.get(name, "q_proj")
+        adapted = peft.get_peft_model(made(name), peft.LoraConfig(target_modules=[target]))  # no task's class
+        assert type(adapted) is peft.PeftModel
+        assert calls.rows(adapted) == kind and heads.has_head(adapted)
+
+
+def test_an_adapted_model_gets_all_that_it_knows() -> None:
+    """Its wrapper names few entries, or none; what packs sequences are positions, which a cache hides."""
+    peft = pytest.importorskip("peft")
+    for task in (None, "CAUSAL_LM"):
+        adapted = peft.get_peft_model(
+            made("LlamaConfig"), peft.LoraConfig(target_modules=["lm_head"], task_type=task)
+        ).eval()
+        given = {"input_ids": batch()["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2)}
+        with pytest.warns(UserWarning, match="can't be used by its head"):
+            found = Adaptor()(adapted, {**given, "labels": given["input_ids"]})
+        torch.testing.assert_close(found.logits, adapted(**given, use_cache=False).logits)
+        assert not torch.allclose(found.logits, adapted(input_ids=given["input_ids"]).logits, atol=1e-2)
+
+
+def test_keys_and_values_of_the_past_are_not_kept() -> None:
+    model = made("LlamaConfig")
+    assert model.config.use_cache and {*heads.outputs(model, batch())} == {"head"}
+    assert heads.outputs(model, {**batch(), "use_cache": True})["past_key_values"] is not None
+
+
+def test_of_several_heads_the_language_models() -> None:
+    size = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    bert = transformers.BertForPreTraining(transformers.BertConfig(**size)).eval()
+    found = heads.outputs(bert, batch())
+    theirs = bert(**calls.inputs(bert, batch())).prediction_logits
+    torch.testing.assert_close(found["head"].logits(), theirs)
+    assert {*found} == {"head", "seq_relationship_logits"}
+    gpt = transformers.GPT2DoubleHeadsModel(
+        transformers.GPT2Config(**SPECIAL, n_embd=32, n_layer=1, n_head=4)
+    ).eval()
+    torch.testing.assert_close(kd.hf.head(gpt, **batch()).logits(), gpt(**calls.inputs(gpt, batch())).logits)
+    many = made("LlamaConfig")
+    many.lm_head = nn.ModuleList([many.lm_head, many.lm_head])
+    with pytest.raises(ValueError, match=r"since its head is a torch\.nn\.modules\.container\.ModuleList"):
+        kd.hf.head(many, **batch())
+
+
+class Packed(Tensor):
+    """As quantised weights are, in a layer that looks plain."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.zeros(V, 32, dtype=torch.int8), r"torch\.int8"),
+        (torch.zeros(V, 32).to(torch.float8_e4m3fn), r"torch\.float8_e4m3fn"),
+        (torch.zeros(V, 32).as_subclass(Packed), r"a test_hf\.Packed"),
+        (torch.zeros(0), "sharded over processes"),  # as ZeRO-3 leaves it between passes
+        (torch.zeros(V, 32, device="meta"), r"not in memory \(offloaded"),
+    ],
+)
+def test_weights_that_are_not_plain_are_named(weight: Tensor, said: str) -> None:
+    """By `head`; `Distiller` and the mixin take the logits, and say why."""
+    model = made("LlamaConfig")
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM can't be used by its head, since .* {said}"):
+        kd.hf.head(model, **batch())
+    with pytest.warns(UserWarning, match=f"{said}.*: give kd_loss its logits, as is done here"):
+        assert not heads.has_head(model)
+
+
 def test_models_that_have_no_head_to_give() -> None:
     with pytest.raises(TypeError, match=r"must be a model of transformers, got Linear: build kd\.Head"):
         kd.hf.head(nn.Linear(3, 3), inputs=torch.zeros(1, 3))
     sequence = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZE))
     with pytest.raises(ValueError, match="BertForSequenceClassification has no language-model head"):
         kd.hf.head(sequence, **batch())
-    quantised = made("LlamaConfig")
-    quantised.lm_head.weight = nn.Parameter(torch.zeros(V, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"since its head's weight is torch\.int8: give kd_loss its logits"):
-        kd.hf.head(quantised, **batch())
+    size = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    mobile = (
+        transformers.MobileBertForMaskedLM(  # whose logits are made of its layer's weight, and of another
+            transformers.MobileBertConfig(
+                **size, embedding_size=16, intra_bottleneck_size=16, true_hidden_size=16, intermediate_size=64
+            )
+        )
+    )
+    with pytest.raises(ValueError, match=r"MobileBertForMaskedLM did not come to its head.*heads=False"):
+        kd.hf.head(mobile, **batch())
 
 
 def test_a_model_that_does_something_else_is_refused_with_both() -> None:

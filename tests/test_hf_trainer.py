@@ -204,8 +204,8 @@ def test_a_teacher_from_a_folder_and_a_teacher_in_the_batch(tmp_path: Path) -> N
     torch.testing.assert_close(found[2], found[0])
 
 
-def test_in_trls_trainer_it_is_the_same(tmp_path: Path) -> None:
-    """Its collator makes the same labels of masks, and the updates are the same."""
+def in_trls(folder: Path, rows: list[dict[str, Tensor]], batch: int, accumulate: int, **more: Any) -> Any:
+    """A trainer of TRL, on rows with masks of completions, and the weights that it has trained."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -215,21 +215,69 @@ def test_in_trls_trainer_it_is_the_same(tmp_path: Path) -> None:
 
     words = Tokenizer(models.WordLevel({f"w{n}": n for n in range(V)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
-    rows = [
+    columns = [
         {"input_ids": row["input_ids"].tolist(), "completion_mask": (row["labels"] != -100).int().tolist()}
-        for row in data()
+        for row in rows
     ]
     student, teacher = llama(8), llama(12, seed=5)
+    options = {"bf16": False, "completion_only_loss": True, **settings(batch, accumulate), **more}
     trainer = SFT(
-        student,
-        trl.SFTConfig(output_dir=str(tmp_path), bf16=False, completion_only_loss=True, **settings(2, 4)),
-        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, teacher=teacher,
+        student, trl.SFTConfig(output_dir=str(folder), **options),
+        train_dataset=datasets.Dataset.from_list(columns), processing_class=tokenizer, teacher=teacher,
         temperature=T, soft_weight=SOFT, hard_weight=HARD,
     )  # fmt: skip
     trainer.train()
+    return trainer, weights(student)
+
+
+def test_in_trls_trainer_it_is_the_same(tmp_path: Path) -> None:
+    """Its collator makes the same labels of masks, and the updates are the same."""
+    trainer, found = in_trls(tmp_path, data(), 2, 4)
     logged = [row for row in trainer.state.log_history if "loss" in row]
     wanted = data()
-    close((weights(student), logged), eager([wanted[:8], wanted[8:]]))
+    close((found, logged), eager([wanted[:8], wanted[8:]]))
+
+
+@pytest.mark.parametrize("how", ["packing", "padding_free"])
+def test_packed_sequences_do_not_see_each_other(how: str, tmp_path: Path) -> None:
+    """The update is that of a batch with a row for each, whose lengths differ."""
+    rows = [{name: x[: 3 + n % 7] for name, x in row.items()} for n, row in enumerate(data(8))]
+    one = {"max_steps": 1}
+    _, wanted = in_trls(tmp_path, rows, 8, 1, **one)
+    more = {"packing": True, "max_length": 27} if how == "packing" else {"padding_free": True}
+    trainer, found = in_trls(
+        tmp_path, rows, 2 if how == "packing" else 8, 1, **{"max_length": None, **more, **one}
+    )
+    (packed,) = trainer.get_train_dataloader()
+    assert packed["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Student(LlamaForCausalLM):
+    """Somebody's own, by another name."""
+
+
+@pytest.mark.parametrize("kind", ["its own class", "LoRA", "LoRA of the head"])
+def test_students_of_other_classes_have_the_same_loss(kind: str, tmp_path: Path) -> None:
+    """Labels are shifted for a class by another name, and in adapters that don't name a task."""
+    student: Any = llama(8)
+    if kind == "its own class":
+        student.__class__ = Student
+    else:
+        peft = pytest.importorskip("peft")
+        target = "q_proj" if kind == "LoRA" else "lm_head"
+        student = peft.get_peft_model(
+            student, peft.LoraConfig(target_modules=[target])
+        )  # makes no change yet
+    trainer = KD(
+        student, arguments(tmp_path, 8, 1, max_steps=1), train_dataset=data(), teacher=llama(12, seed=5),
+        temperature=T, soft_weight=SOFT, hard_weight=HARD,
+    )  # fmt: skip
+    trainer.train()
+    (wanted,) = eager([data()[:8]])[1]
+    (found,) = (row for row in trainer.state.log_history if "loss" in row)
+    for name, figure in wanted.items():
+        assert found[name] == pytest.approx(figure, rel=1e-4), name
 
 
 class Words:

@@ -15,17 +15,25 @@ from ..functional import shift_labels
 
 IGNORE_INDEX = -100
 Rows = Literal["causal", "tokens", "samples"]
+# What says where packed sequences end, which layers of some models take, and no forward names.
+_PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+_WRAPPERS = "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside data-parallel and compile wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        if inner is None and type(model).__name__ in _WRAPPERS:
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def without_adapters(model: Any) -> Any:
+    """A model out of its adapters, whose forward passes on what it doesn't name."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_from_transformers(model: nn.Module) -> bool:
@@ -34,31 +42,55 @@ def is_from_transformers(model: nn.Module) -> bool:
 
 
 def rows(model: nn.Module) -> Rows:
-    """What a row of its logits is, by the name of its class: a token, the token after it, or a sample."""
-    name, config = type(model).__name__, getattr(model, "config", None)
+    """What a row of its logits is: a token, the token after it, or a sample.
+
+    By the name of its class, or of one that it is made from: `class Student(LlamaForCausalLM)` is causal.
+    """
+    inner = without_adapters(model)
+    config = getattr(inner, "config", None)
+    found = (_rows_of(kind.__name__.removeprefix("FSDP"), config) for kind in type(inner).__mro__)
+    return next((kind for kind in found if kind is not None), "samples")
+
+
+def _rows_of(name: str, config: Any) -> Rows | None:
+    """The same by a name, or None where it says nothing."""
     own = name.startswith(("XLNet", "XLM", "Flaubert"))  # whose labels stand where their logits do
     if name.endswith("ForConditionalGeneration"):
         return "tokens" if getattr(config, "is_encoder_decoder", True) else "causal"
     if name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")):
         return "tokens" if own else "causal"
-    by_token = name.endswith(("ForMaskedLM", "ForPreTraining", "ForTokenClassification"))
-    return "tokens" if by_token else "samples"
+    by_token = "ForMaskedLM", "ForPreTraining", "ForTokenClassification", "MarianMTModel"
+    return "tokens" if name.endswith(by_token) else None
 
 
 def inputs(model: Any, batch: Mapping[str, Any], wants: Collection[str] = ()) -> dict[str, Any]:
     """The entries of a batch that its forward knows, without labels, so that it makes no loss of its own.
 
     Args:
-        model: It, out of wrappers.
+        model: It, out of wrappers, in adapters or not.
         batch: Its entries.
         wants: What it is asked for beyond logits: `hidden_states`, `attentions`.
     """
+    model = without_adapters(model)
     kind: Any = type(model)
     known = _parameters(kind) - {"labels"}
     found = {name: x for name, x in batch.items() if name in known}
     if model.config.is_encoder_decoder and "decoder_input_ids" not in found and "labels" in batch:
-        found["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        found["decoder_input_ids"] = _decoder_inputs(model, batch["labels"])
+    if "use_cache" in known and "past_key_values" not in found:
+        # Nobody would read the keys and values, and beside them the positions of packed sequences don't keep
+        # these from looking at each other.
+        found.setdefault("use_cache", False)
     return found | {f"output_{name}": True for name in ("hidden_states", "attentions") if name in wants}
+
+
+def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """Labels one place to the right, which some models only make themselves, within a forward with labels."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    shifted = labels.roll(1, -1)
+    shifted[..., 0] = model.config.decoder_start_token_id
+    return shifted.masked_fill(shifted == IGNORE_INDEX, model.config.pad_token_id)
 
 
 def counted(model: nn.Module, batch: Mapping[str, Any], shift: bool | None = None) -> dict[str, Any]:
@@ -119,4 +151,6 @@ def constant(models: Iterable[nn.Module]) -> Iterator[None]:
 
 @lru_cache(maxsize=256)
 def _parameters(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+    parameters = inspect.signature(kind.forward).parameters
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return frozenset(parameters) | (_PACKED if passes_on else frozenset())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..sources import Head
-from .calls import inputs, is_from_transformers, rows, unwrap
+from ..sources import LOGIT_DTYPES, Head
+from .calls import inputs, is_from_transformers, rows, unwrap, without_adapters
 
 # Rows that a head is checked on, and values that show what a model does to its logits: a small one for what
 # it multiplies them by, a large one for where it caps them.
@@ -58,7 +58,7 @@ def outputs(model: nn.Module, batch: Any, wants: Any = ()) -> dict[str, Any]:
             f"model must be a model of transformers, got {type(inner).__name__}: build kd.Head(hidden, "
             "weight, bias) from your model's own hidden states"
         )
-    given, module = inputs(_base(inner), batch, wants), head_of(inner)
+    given, module = inputs(inner, batch, wants), head_of(inner)
     tap = _TAPS.get(module)
     if tap is None and _is_compiled(model):  # for which another kind of pass would be another compilation
         outputs(inner, batch, wants)
@@ -66,11 +66,21 @@ def outputs(model: nn.Module, batch: Any, wants: Any = ()) -> dict[str, Any]:
     tap, tries = tap or _Tap(module), tap is None
     with tap.open(inner, tries):
         result = model(**given)
+    hidden = tap.taken(inner)
     if tries:
-        tap.learn(inner, result["logits"])
+        tap.learn(inner, hidden, next((result[name] for name in _LOGITS if name in result), None))
         _TAPS[module] = tap
-    found = Head(tap.taken(inner), module.weight, tap.bias(inner), tap.scale, tap.softcap)
-    return {**{name: x for name, x in result.items() if x is not None and name != "logits"}, "head": found}
+    found = Head(_of_tokens(inner, given, hidden), module.weight, tap.bias(inner), tap.scale, tap.softcap)
+    return {**{name: x for name, x in result.items() if x is not None and name not in _LOGITS}, "head": found}
+
+
+def _of_tokens(model: Any, given: Mapping[str, Any], hidden: Tensor) -> Tensor:
+    """Hidden states of the batch's tokens, without those that an adapter (prompt tuning) puts before them."""
+    more = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None)
+    ids = given.get("input_ids")
+    if not more or ids is None or hidden.shape[-2] != ids.shape[-1] + more:
+        return hidden
+    return hidden[..., more:, :]
 
 
 class _Pass(torch.autograd.Function):
@@ -118,7 +128,7 @@ class _Tap:
     @contextmanager
     def open(self, model: nn.Module, tries: bool) -> Iterator[None]:
         """Within it, the head is left out; or what the model does to its logits is tried."""
-        before, base = self.module.__dict__.get("forward"), _base(model)
+        before, base = self.module.__dict__.get("forward"), without_adapters(model)
         self.module.forward, self.hidden, self.tries = self.forward, None, tries
         more = getattr(base, _MORE_BIAS, None)
         if more is not None:
@@ -135,7 +145,7 @@ class _Tap:
 
     def bias(self, model: nn.Module) -> Tensor | None:
         """All that is added to logits."""
-        more, own = getattr(_base(model), _MORE_BIAS, None), self.module.bias
+        more, own = getattr(without_adapters(model), _MORE_BIAS, None), self.module.bias
         return own if more is None else more[0] if own is None else own + more[0]
 
     def taken(self, model: nn.Module) -> Tensor:
@@ -143,16 +153,20 @@ class _Tap:
         hidden, self.hidden = self.hidden, None
         if hidden is None:
             raise ValueError(
-                f"the forward pass of {type(model).__name__} did not come to its head, which "
-                f"get_output_embeddings() says is {type(self.module).__name__}"
+                f"the forward pass of {type(without_adapters(model)).__name__} did not come to its head, "
+                f"which get_output_embeddings() says is {type(self.module).__name__}: {_REMEDY}"
             )
         return hidden
 
     @torch.no_grad()
-    def learn(self, model: nn.Module, logits: Tensor) -> None:
+    def learn(self, model: nn.Module, hidden: Tensor, logits: Tensor | None) -> None:
         """Finds what the model did to logits that were tried, and compares."""
-        name, raw, hidden = type(_base(model)).__name__, self.raw, self.hidden
-        assert raw is not None and hidden is not None
+        name, raw = type(without_adapters(model)).__name__, self.raw
+        assert raw is not None
+        if logits is None:
+            raise ValueError(
+                f"{name} returns none of {', '.join(_LOGITS)}: build kd.Head(hidden, weight, bias)"
+            )
         logits = logits.detach().float().reshape(-1, raw.shape[-1])
         *_, small, large = logits[:, 0].tolist()
         self.scale = float(f"{small / _SMALL:.6g}")
@@ -164,8 +178,7 @@ class _Tap:
         if not (self.scale > 0 and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.std()))):
             raise ValueError(
                 f"{name} makes other logits than its head: hidden @ weightᵀ + bias, times {self.scale:g}, "
-                f"softcap {self.softcap}, gives {_shown(ours)}, and the model {_shown(theirs)}: give "
-                "kd_loss its logits"
+                f"softcap {self.softcap}, gives {_shown(ours)}, and the model {_shown(theirs)}: {_REMEDY}"
             )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -174,6 +187,9 @@ class _Tap:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
+# What models of several heads call their language model's.
+_LOGITS = "logits", "prediction_logits"
+_REMEDY = "give kd_loss its logits; a trainer does with adaptor=Adaptor(heads=False)"
 # What some sequence-to-sequence models add to the logits that their head has made.
 _MORE_BIAS = "final_logits_bias"
 _USABLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -199,7 +215,7 @@ def head_of(model: Any) -> nn.Linear:
     Raises:
         ValueError: There is none, or not one that is a plain linear layer.
     """
-    name = type(_base(model)).__name__
+    name = type(without_adapters(model)).__name__
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:
         raise ValueError(
@@ -211,18 +227,19 @@ def head_of(model: Any) -> nn.Linear:
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         what = f"its head is a {type(module).__module__}.{type(module).__name__}"
-    elif isinstance(weight, nn.Parameter) and hasattr(weight, "full_tensor"):
+    elif not isinstance(weight, Tensor):
+        what = f"its head's weight is {weight}"
+    elif hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") or weight.dim() != 2:
         what = "its head's weight is sharded over processes"
-    elif weight is None or not weight.is_floating_point():
-        what = f"its head's weight is {getattr(weight, 'dtype', None)}"
+    elif type(weight) not in (Tensor, nn.Parameter):  # as some quantisations are, in a plain layer
+        what = f"its head's weight is a {type(weight).__module__}.{type(weight).__name__}"
+    elif weight.dtype not in LOGIT_DTYPES:
+        what = f"its head's weight is {weight.dtype}"
+    elif weight.is_meta or not weight.untyped_storage().size():
+        what = "its head's weight is not in memory (offloaded, or sharded over processes)"
     else:
         return module
     raise ValueError(f"{name} can't be used by its head, since {what}: give kd_loss its logits")
-
-
-def _base(model: Any) -> Any:
-    """A model out of adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _is_compiled(model: Any) -> bool:
