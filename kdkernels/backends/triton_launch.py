@@ -6,7 +6,7 @@ import ctypes
 import math
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference, tuning
+from ..arguments import QUIET, Items, count_items, numbers, uses_labels
 from ..divergences import BUILT_IN, Closed, Divergence
 from ..layout import common_rows
 from ..noise import Noise
@@ -50,32 +51,17 @@ ROWS_AT_ONCE = 4096  # of the one program that adds up the losses
 # spills in its loops and `binary_kl` takes 156 registers with labels; of one
 # that a caller registers nobody knows.
 LIGHT = BUILT_IN - {"alpha_beta", "binary_kl"}
-QUIET = Noise(0.0, False, False, 1.0, 0)  # what stands for no noise
 
 
-class Items(NamedTuple):
-    """What a mean divides by: a number, one value on the device, or where there is neither the count itself.
+def item_arguments(items: Items) -> tuple[Tensor | None, Tensor | None, float]:
+    """What a kernel is given of them."""
+    return items.counted, items.given, 1.0 if items.number is None else items.number
 
-    Attributes:
-        counted: How many rows count, one integer on the device, or None where all do.
-        given: The caller's denominator where it is on the device.
-        number: The caller's, or the number of rows, where no device has to be asked.
-    """
 
-    counted: Tensor | None
-    given: Tensor | None
-    number: float | None
-
-    @property
-    def arguments(self) -> tuple[Tensor | None, Tensor | None, float]:
-        """What a kernel is given."""
-        return self.counted, self.given, 1.0 if self.number is None else self.number
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What it is compiled for."""
-        kind = TENSOR if self.given is not None else COUNT if self.number is None else NUMBER
-        return {"ITEMS": kind.value, "COUNTED": self.counted is not None}
+def item_constants(items: Items) -> dict[str, Any]:
+    """What it is compiled for."""
+    kind = TENSOR if items.given is not None else COUNT if items.number is None else NUMBER
+    return {"ITEMS": kind.value, "COUNTED": items.counted is not None}
 
 
 def forward(call: Call, keep: str, out: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -95,6 +81,7 @@ def forward(call: Call, keep: str, out: Tensor | None = None) -> tuple[Tensor, T
     loss = None if each else torch.empty((), dtype=R, device=device)
     stats = torch.empty(STATS, dtype=R, device=device) if spec.stats else None
     items = count_items(call)
+    counted, given, number = item_arguments(items)
     with _launching(student):
         launch(
             MODES[keep], call, items, gradient=kept if keep == "gradient" else None, figures=figures,
@@ -102,9 +89,9 @@ def forward(call: Call, keep: str, out: Tensor | None = None) -> tuple[Tensor, T
         )  # fmt: skip
         if loss is not None or stats is not None:
             total_kernel[(STATS if spec.stats else 1,)](
-                figures, loss, stats, *items.arguments[:2], rows, items.arguments[2],
-                LOSS_MEAN=spec.reduction == "mean", STATS_MEAN=spec.reduction != "sum", **items.constants,
-                STATS=spec.stats, BLOCK=ROWS_AT_ONCE, num_warps=8,
+                figures, loss, stats, counted, given, rows, number,
+                LOSS_MEAN=spec.reduction == "mean", STATS_MEAN=spec.reduction != "sum",
+                **item_constants(items), STATS=spec.stats, BLOCK=ROWS_AT_ONCE, num_warps=8,
             )  # fmt: skip
     if loss is None:
         loss = figures[0].reshape(leading).clone() if spec.stats else figures
@@ -149,26 +136,6 @@ def lanes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def count_items(call: Call) -> Items:
-    """What a mean divides by, found without waiting for the device."""
-    spec, given = call.spec, call.num_items
-    rows = call.student.shape[:-1].numel()
-    if rows == 0 or (spec.reduction != "mean" and not spec.stats):
-        return Items(None, None, 1.0)
-    counted: Tensor | None = None
-    if call.mask is not None:
-        counted = call.mask.sum()
-    elif call.labels is not None and not spec.row.binary:
-        counted = (call.labels != spec.ignore_index).sum()
-    if isinstance(given, Tensor):
-        if given.device.type != "cpu":
-            return Items(counted, given, None)
-        given = float(given)
-    if given is None and counted is None:
-        given = rows
-    return Items(counted, None, None if given is None else float(given))
-
-
 @lru_cache(maxsize=256)
 def needs_guard(divergence: Divergence, params: tuple[float, ...]) -> bool:
     """Whether an expression is other than 0 for a class that neither side can produce."""
@@ -188,29 +155,6 @@ def closed_constants(divergence: Divergence) -> dict[str, bool | float]:
         "SUM_G_PER_D": closed.sum_g_per_d,
         "TIMES": -1 if closed.times is None else closed.times,
     }
-
-
-class Numbers(NamedTuple):
-    """Of a side, what its raw logits are multiplied by, and its softcap.
-
-    Attributes:
-        by: Of what the kernel has before it divides by T; the scale, unless that is applied by then.
-        cap: The softcap, or 1 where there is none.
-        slope: What goes into the cap, or to the noise.
-        gain: What the gradient is multiplied by beside the derivative of the cap, which has the scale in it.
-    """
-
-    by: float
-    cap: float
-    slope: float
-    gain: float
-
-
-def numbers(scale: float, softcap: float, noise: Noise | None) -> Numbers:
-    """The numbers of a side. A cap and noise are applied to scaled logits, so that the scale goes first."""
-    first = softcap != 0 or noise is not None
-    cap = softcap or 1.0
-    return Numbers(1.0 if first else scale, cap, scale / cap, 1.0 if softcap else scale)
 
 
 def in_three(x: float) -> tuple[float, float, float]:
@@ -241,11 +185,6 @@ def noise_constants(side: str, noise: Noise | None) -> dict[str, Any]:
 def bits(flags: list[bool]) -> int:
     """One bit for each teacher."""
     return sum(1 << m for m, flag in enumerate(flags) if flag)
-
-
-def uses_labels(call: Call) -> bool:
-    """Whether there is a hard term, for the loss or the stats."""
-    return call.labels is not None and (call.spec.hard_weight != 0 or call.spec.stats)
 
 
 def _check_labels_here(call: Call) -> None:
@@ -328,7 +267,7 @@ def launch(
     first, *others = (numbers(*options, spec.teacher_noise) for options in spec.teachers)
     more_numbers = [in_three(x) for v in others for x in (v.by / T, v.cap, v.slope)]
     z_noise, v_noise = (noise or QUIET for noise in (spec.student_noise, spec.teacher_noise))
-    counted, given, number = items.arguments
+    counted, given, number = item_arguments(items)
     row_kernel[(rows,)](
         sides[0], sides[1], gradient, figures, state,
         labels,
@@ -349,7 +288,7 @@ def launch(
         spec.t_factor, spec.soft_weight, spec.hard_weight,
         spec.soft_weight * spec.t_factor * z.gain / T, spec.hard_weight * z.gain,
         *(*spec.params, 0.0, 0.0, 0.0, 0.0)[:4], number,
-        **constants(call), MODE=mode, MEAN=spec.reduction == "mean", **items.constants,
+        **constants(call), MODE=mode, MEAN=spec.reduction == "mean", **item_constants(items),
         Z_UNIT=units[0], V_UNIT=bits(units[1 : M + 1]), Y_UNIT=units[-1], PADDED=classes != width,
         WHOLE=config.whole, R=TYPES[R], BLOCK=config.block, GROUP=config.group,
         AXIS=0 if config.strided else 1, ALIGN=align, num_warps=config.warps,
