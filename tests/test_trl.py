@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -41,34 +44,59 @@ CASES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def both(given: dict[str, Any], learnt: list[str]) -> list[list[Tensor]]:
+    """Of TRL's function and of ours: loss, entropy sum, count, and gradients."""
+    from trl.trainer import distillation_trainer
+
+    found = []
+    for patched in (False, True):
+        parts = {name: given[name].clone().requires_grad_() for name in learnt}
+        with ours.patched() if patched else contextlib.nullcontext():
+            loss, entropy, count = distillation_trainer._chunked_divergence_loss(**{**given, **parts})
+        assert not entropy.requires_grad or not patched
+        found.append([loss, entropy, count, *torch.autograd.grad(loss, list(parts.values()))])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+    return found
+
+
+HEAD = ["student_hidden_states", "student_lm_head_weight"]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_heads(case: dict[str, Any], bias: bool) -> None:
-    """Loss, entropy sum, count; gradients of hidden states, weight and bias."""
-    found = []
-    for patched in (False, True):
-        given = problem(torch.float32)
-        if bias:
-            given |= {f"{side}_lm_head_bias": torch.linspace(-1, 1, V) for side in ("student", "teacher")}
-        learnt = [
-            given["student_hidden_states"].requires_grad_(),
-            given["student_lm_head_weight"].requires_grad_(),
-        ]
-        learnt += [given["student_lm_head_bias"].clone().requires_grad_()] if bias else []
-        if bias:
-            given["student_lm_head_bias"] = learnt[2]
-        if patched:
-            ours.patch()
-        try:
-            from trl.trainer import distillation_trainer
-
-            loss, entropy, count = distillation_trainer._chunked_divergence_loss(**{**given, **case})
-        finally:
-            ours.unpatch()
-        found.append([loss, entropy, count, *torch.autograd.grad(loss, learnt)])
-        assert not entropy.requires_grad or not patched
-    for a, b in zip(*found, strict=True):
+    given = problem(torch.float32)
+    if bias:
+        given |= {f"{side}_lm_head_bias": torch.linspace(-1, 1, V) for side in ("student", "teacher")}
+    for a, b in zip(*both({**given, **case}, [*HEAD, *["student_lm_head_bias"] * bias]), strict=True):
         torch.testing.assert_close(b.float(), a.float(), rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_heads_in_every_combination(beta: float, temperature: float) -> None:
+    """Of masks that are ragged, full and empty, scales and softcaps."""
+    masks = problem()["completion_mask"], torch.ones(B, S), torch.zeros(B, S)
+    for mask, scale, cap in itertools.product(masks, (1.0, 0.25, 4.0), (None, 3.0)):
+        given = problem(torch.float32) | {
+            "completion_mask": mask, "beta": beta, "temperature": temperature, "student_logit_scale": scale,
+            "teacher_logit_scale": 2.0, "student_final_logit_softcapping": cap,
+            "teacher_final_logit_softcapping": cap and 5.0,
+        }  # fmt: skip
+        for a, b in zip(*both(given, HEAD), strict=True):
+            torch.testing.assert_close(b, a, rtol=2e-4, atol=1e-5, msg=lambda m: f"{m}\n{scale} {cap} {mask}")  # noqa: B023
+
+
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16, torch.float32])
+def test_heads_in_other_precisions(weight: torch.dtype) -> None:
+    """Losses and counts are float32's, gradients have what they are of; heads may be kept more precise."""
+    hidden = torch.bfloat16 if weight == torch.float32 else weight
+    given = problem(torch.float32)
+    for name, x in given.items():
+        given[name] = x.to(hidden if "hidden" in name else weight if "weight" in name else x.dtype)
+    for a, b in zip(*both({**given, "beta": 0.5}, HEAD), strict=True):
+        torch.testing.assert_close(b.float(), a.float(), rtol=2e-2, atol=1e-2 * float(a.abs().max()))
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
@@ -81,14 +109,14 @@ def test_logits(beta: float, labelled: bool, reduction: str) -> None:
     labels = labels.masked_fill(torch.rand(B, S, generator=generator) < 0.4, -100) if labelled else None
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
-    for items in (None, torch.tensor(11), 13):
+    for items, temperature in itertools.product((None, torch.tensor(11), 13), (0.7, 1.0, 2.0)):
         found = []
         for patched in (False, True):
             z = z.detach().requires_grad_()
             if patched:
                 ours.patch()
             try:
-                loss = GKDTrainer.generalized_jsd_loss(z, v, labels, beta, 2.0, reduction, items)
+                loss = GKDTrainer.generalized_jsd_loss(z, v, labels, beta, temperature, reduction, items)
             finally:
                 ours.unpatch()
             found.append((loss, *torch.autograd.grad(loss.sum(), z)))
@@ -106,6 +134,7 @@ def test_what_was_there_is_put_back() -> None:
     before = now()
     with pytest.raises(KeyboardInterrupt), ours.patched():
         assert now() == (ours._of_heads, ours._of_logits)
+        ours.patch()
         with ours.patched():
             pass
         assert now() == (ours._of_heads, ours._of_logits)
@@ -119,21 +148,33 @@ def test_what_was_there_is_put_back() -> None:
 def test_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from trl.trainer import distillation_trainer
 
+    before = distillation_trainer._chunked_divergence_loss
+
     def other(student_hidden_states: Any, beta: float) -> None:
         """As a later version might have it."""
 
     monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", other)
-    with pytest.raises(RuntimeError, match=r"_divergence_loss of TRL .* takes student_hidden_states, beta"):
+    with pytest.raises(RuntimeError, match=r"_divergence_loss of TRL .* takes student_hidden_states, beta,"):
         ours.patch()
     assert distillation_trainer._chunked_divergence_loss is other and not ours._ORIGINALS
+    changed = functools.partial(before, temperature=2.0)  # the same names, another default
+    monkeypatch.setattr(distillation_trainer, "_chunked_divergence_loss", changed)
+    with pytest.raises(RuntimeError, match=r"takes .*temperature=2\.0, and this was .*temperature=1\.0: use"):
+        ours.patch()
     monkeypatch.delattr(distillation_trainer, "_chunked_divergence_loss")
     with pytest.raises(RuntimeError, match=r"this TRL has no .*_chunked_divergence_loss"):
         ours.patch()
 
 
 @pytest.mark.parametrize("which", ["gkd", "distillation"])
-def test_twenty_steps_of_training(which: str, tmp_path: Path) -> None:
-    """The loss curves of both trainers are the same, patched or not."""
+def test_twenty_steps_of_training(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss curves of both trainers are the same, patched or not, and each step's loss was made here."""
+    calls: list[str] = []
+    for name in ("kd_loss", "kd_loss_with_stats"):
+        own = getattr(ours, name)
+        monkeypatch.setattr(
+            ours, name, lambda *a, own=own, name=name, **k: (calls.append(name), own(*a, **k))[1]
+        )
     datasets = pytest.importorskip("datasets")
     from test_hf_trainer import V as words
     from test_hf_trainer import llama
@@ -183,5 +224,6 @@ def test_twenty_steps_of_training(which: str, tmp_path: Path) -> None:
         else:
             trainer.train()
         curves.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert calls == 20 * ["kd_loss" if which == "gkd" else "kd_loss_with_stats"]
     assert len(curves[0]) == 20 and curves[0][0] != curves[0][-1]
     assert curves[1] == pytest.approx(curves[0], rel=1e-3, abs=1e-5)

@@ -15,21 +15,9 @@ from ..divergences import gkd
 from ..functional import kd_loss, kd_loss_with_stats
 from ..sources import Head
 
-# What is replaced: a module, a name in it, and the parameters that it must have.
+# What is replaced: a module, and a name in it.
 _HEADS = "trl.trainer.distillation_trainer", "_chunked_divergence_loss"
 _LOGITS = "trl.experimental.gkd.gkd_trainer", "GKDTrainer.generalized_jsd_loss"
-_PARAMETERS = {
-    _HEADS: (
-        "student_hidden_states", "teacher_hidden_states", "student_lm_head_weight", "teacher_lm_head_weight",
-        "completion_mask", "beta", "num_items_in_batch", "student_lm_head_bias", "teacher_lm_head_bias",
-        "student_logit_scale", "teacher_logit_scale", "student_final_logit_softcapping",
-        "teacher_final_logit_softcapping", "temperature",
-    ),
-    _LOGITS: (
-        "student_logits", "teacher_logits", "labels", "beta", "temperature", "reduction",
-        "num_items_in_batch",
-    ),
-}  # fmt: skip
 _ORIGINALS: dict[tuple[str, str], Any] = {}
 
 
@@ -42,7 +30,8 @@ def patch() -> None:
 
     Raises:
         ModuleNotFoundError: There is no TRL.
-        RuntimeError: This TRL hasn't these functions, or with other parameters; nothing is replaced.
+        RuntimeError: This TRL hasn't these functions, or with other parameters or defaults; nothing is
+            replaced.
 
     Example:
         >>> with kdkernels.integrations.trl.patched():
@@ -50,19 +39,19 @@ def patch() -> None:
     """
     if _ORIGINALS:
         return
-    found = {place: _at(*place) for place in _PARAMETERS}
+    ours: dict[tuple[str, str], Callable[..., Any]] = {_HEADS: _of_heads, _LOGITS: _of_logits}
+    found = {place: _at(*place) for place in ours}
     for (module, name), (_, function) in found.items():
-        parameters = tuple(inspect.signature(function).parameters)
-        if parameters != _PARAMETERS[module, name]:
+        theirs, wanted = _takes(function), _takes(ours[module, name])
+        if theirs != wanted:
             raise RuntimeError(
-                f"{module}.{name} of TRL {importlib.import_module('trl').__version__} takes "
-                f"{', '.join(parameters)}, and this was written for {', '.join(_PARAMETERS[module, name])}: "
-                "use a version of TRL that has these, or go without"
+                f"{module}.{name} of TRL {importlib.import_module('trl').__version__} takes {theirs}, and "
+                f"this was written for {wanted}: use a version of TRL that has these, or go without"
             )
     for place, (owner, function) in found.items():
         _ORIGINALS[place] = function
-        ours: Any = {_HEADS: _of_heads, _LOGITS: _of_logits}[place]
-        setattr(owner, place[1].split(".")[-1], staticmethod(ours) if inspect.isclass(owner) else ours)
+        mine: Any = ours[place]
+        setattr(owner, place[1].split(".")[-1], staticmethod(mine) if inspect.isclass(owner) else mine)
 
 
 def unpatch() -> None:
@@ -83,6 +72,12 @@ def patched() -> Iterator[None]:
     finally:
         if not before:
             unpatch()
+
+
+def _takes(function: Callable[..., Any]) -> str:
+    """Its parameters and their defaults; annotations change nothing."""
+    parameters = inspect.signature(function).parameters.values()
+    return ", ".join(str(p.replace(annotation=p.empty)) for p in parameters)
 
 
 def _at(module: str, name: str) -> tuple[Any, Callable[..., Any]]:
