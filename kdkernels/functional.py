@@ -80,7 +80,8 @@ class Explanation:
             rows, chunks, size, _ = self.plan
             lines.append(f"heads: {chunks} × {rows:,} rows, {size / 2**20:,.1f} MiB")
         for name, why in self.reasons.items():
-            lines.append(f"  {name}: {why or ('runs' if name == self.backend else 'could run')}")
+            does = "runs" if name == self.backend else "could run"
+            lines.append(f"  {registry.label(name)}: {why or does}")
         return "\n".join(lines)
 
 
@@ -166,8 +167,8 @@ def kd_loss(
             GPU that waits for the device once, to learn how many are left. `"auto"` does, but not while a
             graph is compiled or captured there. With noise, which is numbered by row, they stay.
         teacher_requires_grad: A teacher that requires grad is an error, unless this says `"ignore"`.
-        backend: `"reference"`, `"cpu"`, `"triton"`, or None to pick by device. A named backend that can't run
-            is an error.
+        backend: `"reference"`, `"cpu"`, `"triton"`, `"cuda"`, or None to pick by device. A named
+            backend that can't run is an error.
 
     Returns:
         The loss in float32 (float64 for float64 logits): 0-d, or `[...]` for `reduction="none"`. With no

@@ -6,7 +6,8 @@ from typing import Protocol
 
 import torch
 
-from .backends import cpu, triton_
+from . import tuning
+from .backends import cpu, cuda, triton_
 from .caller import warn_once, while_tracing
 from .spec import Call
 
@@ -26,22 +27,6 @@ class Backend(Protocol):
         """Whether it can compute a loss of a divergence that it knows."""
 
 
-class _Absent:
-    """A backend whose name is known and which this version doesn't have."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def available(self, device: torch.device) -> str | None:
-        return "not in this version of kdkernels"
-
-    def knows(self, divergence: str) -> str | None:
-        return None
-
-    def supports(self, call: Call) -> str | None:
-        return None
-
-
 class _Reference:
     name = "reference"
 
@@ -55,9 +40,16 @@ class _Reference:
         return None
 
 
+_ON_GPUS: dict[str, Backend] = {b.name: b for b in (cuda.BACKEND, triton_.BACKEND)}
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (_Absent("cuda"), triton_.BACKEND, cpu.BACKEND, _Reference())
+    b.name: b for b in (*(_ON_GPUS[name] for name in tuning.GPU_ORDER), cpu.BACKEND, _Reference())
 }
+
+
+def label(name: str) -> str:
+    """A backend's name, with what there is to be known of it beside."""
+    said = getattr(BACKENDS[name], "label", None)
+    return name if said is None else f"{name} ({said})"
 
 
 def reason(backend: Backend, call: Call) -> str | None:

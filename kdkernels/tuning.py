@@ -6,7 +6,9 @@ cache each; the best of 60 calls or more, the settings compared in turn.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -103,3 +105,84 @@ HEAD_ROWS = {"cpu": 512, "gpu": 4096}
 def head_rows(device: str) -> int:
     """The default for a device."""
     return HEAD_ROWS["cpu" if device == "cpu" else "gpu"]
+
+
+# Which backend `backend=None` takes on a GPU, and what is said of the CUDA one beside its name, if anything.
+# Until a GPU has run it nobody knows whether it is right, let alone faster.
+GPU_ORDER = ("triton", "cuda")
+CUDA_LABEL: str | None = "compiled, not yet run"
+
+# Of an SM of Hopper, and of the blocks that its scheduler puts on one GPC.
+CUDA_SHARED = 232_448  # bytes that a block may have
+CUDA_CLUSTERS = (1, 2, 4, 8, 16)
+# 20 warps of 96 registers are all that an SM has of them.
+CUDA_THREADS = 640
+CUDA_CLASSES = 32  # of each side, that a thread keeps in registers
+CUDA_MESSAGES = 2 * 3  # of 16 bytes, from every warp of a cluster: three, and three of the next exchange
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """How a row is shared out in the CUDA kernel.
+
+    Attributes:
+        cluster: Blocks that have a part of it each.
+        threads: Of a block.
+        vectors: Of 16 bytes, that a thread has of each side.
+        stages: Rows in shared memory: with 2 the next one is copied while one is worked on.
+        part: Vectors of the row that a block has.
+    """
+
+    cluster: int
+    threads: int
+    vectors: int
+    stages: int
+    part: int
+
+    def shared_bytes(self, shifted: bool) -> int:
+        """Shared memory of a block; `shared_bytes` of kd_cuda.cu is the same sum."""
+        # Of rows that lie differently within 16 bytes, one vector more at either end.
+        slots = self.threads * self.vectors + 2 * shifted
+        messages = CUDA_MESSAGES * self.cluster * (self.threads // 32)
+        return 16 + 16 * (messages + self.stages * 2 * slots)
+
+
+@lru_cache(maxsize=1024)
+def cuda(width: int, itemsize: int, shared: int, shifted: bool = True) -> CudaConfig | None:
+    """The configuration for rows of a width, of logits of a size in bytes, or None where they don't fit.
+
+    Not measured yet. The fewest blocks that hold a row, since each exchange is between all of them.
+
+    Args:
+        width: Classes of a row.
+        itemsize: Bytes of a logit.
+        shared: Bytes of shared memory that a block of the device may have.
+        shifted: Whether the sides and the gradient may lie differently within 16 bytes.
+    """
+    at_once = 16 // itemsize
+    vectors = _up(width + at_once - 1, at_once)  # wherever a row begins
+    for cluster in CUDA_CLUSTERS:
+        part = _up(vectors, cluster)
+        each = CUDA_CLASSES // at_once
+        threads = 32 * _up(part, 32 * each)
+        if threads > CUDA_THREADS:
+            continue
+        for stages in (2, 1):
+            config = CudaConfig(cluster, threads, each, stages, part)
+            if config.shared_bytes(shifted) <= shared:
+                return config
+    return None
+
+
+def cuda_widest(itemsize: int, shared: int, shifted: bool = True) -> int:
+    """The widest rows that fit."""
+    return bisect_right(
+        range(1, 1 << 20),
+        0,
+        key=lambda width: int(cuda.__wrapped__(width, itemsize, shared, shifted) is None),
+    )
+
+
+def _up(n: int, by: int) -> int:
+    """`n / by`, rounded up."""
+    return -(-n // by)

@@ -1,0 +1,316 @@
+"""What the CUDA kernels are built from, for what, and where builds are kept.
+
+A kernel is built from a text of a few lines, its unit, which includes csrc/cuda/kd_cuda.cu and says what is
+wanted of it. NVRTC makes machine code of that for an architecture that need not be here; the code is kept on
+the disk, under a name made of everything that it depends on, and so is built once for all processes and runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..caller import warn_once
+
+# Beside this package where it is installed; in a checkout beside the folder of the package.
+_HERE = Path(__file__).parents[1] / "csrc"
+SOURCES = _HERE if _HERE.is_dir() else _HERE.parents[1] / "csrc"
+INCLUDE = '#include "kd_cuda.cu"\n'
+
+TYPES = {torch.float32: "kFloat", torch.bfloat16: "kBFloat16", torch.float16: "kHalf"}
+# Names of divergence.h. alpha_beta has one for parameters above 0, and two for others.
+DIVERGENCES = {
+    "forward_kl": "ForwardKL",
+    "soft_cross_entropy": "SoftCrossEntropy",
+    "reverse_kl": "ReverseKL",
+    "jsd": "JSD",
+    "skew_kl": "SkewKL",
+    "skew_reverse_kl": "SkewReverseKL",
+    "tvd": "TVD",
+    "squared_error": "SquaredError",
+    "alpha_beta": "AlphaBeta",
+    "logit_mse": "LogitMSE",
+    "centered_logit_mse": "CenteredLogitMSE",
+    "dkd": "DKD",
+    "binary_kl": "BinaryKL",
+}
+NO_DIVERGENCE = "NoDivergence"  # of kd_cuda.cu: no soft term
+
+
+def divergence_name(name: str, params: tuple[float, ...]) -> str:
+    """The template of divergence.h that computes a divergence with these parameters."""
+    if name != "alpha_beta":
+        return DIVERGENCES[name]
+    alpha, beta = params
+    if alpha > 0 and beta > 0:
+        return "AlphaBeta"
+    return "AlphaBetaLimit" if alpha >= 0 and beta >= 0 and alpha + beta > 0 else "AlphaBetaAny"
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a row kernel is built for: the fields of `Config` in kd_cuda.cu, with the same defaults.
+
+    Attributes:
+        divergence: The template of divergence.h.
+        bound: Threads that a block has at most, and so how many registers a thread may have.
+    """
+
+    divergence: str
+    bound: int = 128
+    type: str = "kBFloat16"
+    cluster: int = 1
+    vectors: int = 4
+    stages: int = 2
+    shifted: bool = False
+    mode: str = "kGradient"
+    hard: str = "kNoHard"
+    stats: bool = False
+    z_capped: bool = False
+    v_capped: bool = False
+    z_noise: str = "kNoNoise"
+    v_noise: str = "kNoNoise"
+    z_per_row: bool = False
+    v_per_row: bool = False
+
+    kernel: ClassVar[str] = "kd_rows"
+
+    def unit(self) -> str:
+        """The text that is compiled."""
+        lines = [f"  template <class R>\n  using Divergence = {self.divergence}<R>;"]
+        for field in fields(self)[2:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                kind = "bool" if isinstance(value, bool) else "int"
+                name = "k" + "".join(word.capitalize() for word in field.name.split("_"))
+                text = str(value).lower() if kind == "bool" else value
+                lines.append(f"  static constexpr {kind} {name} = {text};")
+        return (
+            INCLUDE
+            + "struct Config : Defaults {\n"
+            + "\n".join(lines)
+            + "\n};\n"
+            + f"KD_KERNEL void KD_LAUNCH({self.bound}, 1, {self.cluster}) kd_rows(KD_ARGUMENT KdRows a) "
+            + "{ rows<Config>(a); }\n"
+        )
+
+
+@dataclass(frozen=True)
+class TotalBuild:
+    """The kernel that adds up the rows' figures."""
+
+    kernel: ClassVar[str] = "kd_total"
+    threads: ClassVar[int] = 1024
+
+    def unit(self) -> str:
+        """The text that is compiled."""
+        launch = f"KD_LAUNCH({self.threads}, 1, 1)"
+        return f"{INCLUDE}KD_KERNEL void {launch} kd_total(KD_ARGUMENT KdTotals a) {{ total(a); }}\n"
+
+
+@dataclass(frozen=True)
+class ScaleBuild:
+    """The kernel that multiplies a gradient by the upstream one."""
+
+    type: str
+
+    kernel: ClassVar[str] = "kd_scale"
+    threads: ClassVar[int] = 256
+
+    def unit(self) -> str:
+        """The text that is compiled."""
+        launch = f"KD_LAUNCH({self.threads}, 1, 1)"
+        return (
+            f"{INCLUDE}KD_KERNEL void {launch} kd_scale(KD_ARGUMENT KdScale a) {{ scale<{self.type}>(a); }}\n"
+        )
+
+
+AnyBuild = Build | TotalBuild | ScaleBuild
+
+# Approximate divisions and roots of 2 ulp. -use_fast_math would take approximate logarithms, too.
+OPTIONS: dict[str, Any] = {
+    "std": "c++17",
+    "ftz": True,
+    "prec_div": False,
+    "prec_sqrt": False,
+    "fma": True,
+}
+
+
+@cache
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    install = "pip install 'kdkernels[cuda]'"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        return f"cuda.core, which compiles the kernels, is not installed: {install}"
+    try:
+        from cuda.core import ObjectCode, Program, ProgramOptions  # noqa: F401
+    except Exception as error:
+        return f"cuda.core, which compiles the kernels, can't be imported ({error}): {install}"
+    try:
+        nvrtc_version()
+    except Exception as error:
+        return f"NVRTC, CUDA's compiler, isn't found ({' '.join(str(error).split())[:200]}): {install}"
+    return None
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def nvrtc_version() -> tuple[int, int]:
+    """Of the library that is loaded."""
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise RuntimeError(f"nvrtcVersion: {status}")
+    return major, minor
+
+
+@cache
+def _architectures() -> tuple[int, ...]:
+    from cuda.bindings import nvrtc
+
+    status, count = nvrtc.nvrtcGetNumSupportedArchs()
+    if status == nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        status, found = nvrtc.nvrtcGetSupportedArchs()
+    return tuple(found)[:count] if status == nvrtc.nvrtcResult.NVRTC_SUCCESS else ()
+
+
+@cache
+def architecture(major: int, minor: int) -> str | None:
+    """What NVRTC builds for a GPU: its own architecture, or an earlier one of the same generation."""
+    known = [arch for arch in _architectures() if arch // 10 == major and arch % 10 <= minor]
+    return f"sm_{max(known)}" if known else None
+
+
+def compile_unit(unit: str, arch: str) -> bytes:
+    """Machine code of a unit, by NVRTC."""
+    from cuda.core import Program, ProgramOptions
+
+    folders = [str(SOURCES / "cuda"), str(SOURCES)]
+    options = ProgramOptions(name="unit.cu", arch=arch, include_path=folders, **OPTIONS)
+    return bytes(Program(unit, "c++", options).compile("cubin").code)
+
+
+def folder() -> Path | None:
+    """Where builds are kept; None where there is no home."""
+    chosen = os.environ.get("KDKERNELS_CACHE")
+    if chosen:
+        return Path(chosen) / "cuda"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return Path(base) / "kdkernels" / "cuda"
+
+
+@cache
+def _sources() -> bytes:
+    """A digest of all that a unit includes."""
+    digest = hashlib.sha256()
+    for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("cuda/*")]):
+        digest.update(f"{path.relative_to(SOURCES).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.digest()
+
+
+def key(unit: str, arch: str) -> str:
+    """The name of a build: of what it is made of, for what, and with what."""
+    from .. import __version__
+
+    parts = (
+        _sources().hex(),
+        unit,
+        arch,
+        repr(sorted(OPTIONS.items())),
+        repr(nvrtc_version()),
+        # The version that NVRTC says has no patch level.
+        repr([version_of(name) for name in ("cuda-core", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")]),
+        __version__,
+    )
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
+
+
+@lru_cache(maxsize=1024)
+def cubin(unit: str, arch: str) -> bytes:
+    """Machine code of a unit, from the disk where it is there."""
+    where = folder()
+    if where is None:
+        return compile_unit(unit, arch)
+    path = where / f"{key(unit, arch)}.cubin"
+    code = _read(path)
+    try:
+        if code is None:
+            where.mkdir(parents=True, exist_ok=True)
+            with _alone(path.with_suffix(".lock")):
+                code = _read(path)  # somebody else's, who was faster
+                if code is None:
+                    code = compile_unit(unit, arch)
+                    _write(path, code)
+    except OSError as error:
+        warn_once(
+            "cuda cache",
+            f"kdkernels can't keep its CUDA builds in {where} ({error}), so that every process compiles them "
+            "again, about a second each; the environment variable KDKERNELS_CACHE names another folder",
+        )
+    return compile_unit(unit, arch) if code is None else code
+
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+def _read(path: Path) -> bytes | None:
+    """The code in a file, or None where there is none, or not all of it."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    code, digest = content[:-_DIGEST], content[-_DIGEST:]
+    return code if code and hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    # The digest comes last, so that tools still read the file.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(code + hashlib.sha256(code).digest())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock among the processes that build the same; where there are no locks each of them builds."""
+    with path.open("wb") as file:
+        with contextlib.suppress(ImportError, OSError):  # not POSIX; a network file system
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Whoever waits for it, or makes it anew, looks for what has been built once more.
+            with contextlib.suppress(OSError):
+                path.unlink()
