@@ -1,10 +1,10 @@
-"""Builds the CPU library of kdkernels, where there is a compiler for it.
+"""Builds the CPU library of kdkernels, where there is a compiler for it, and packs the CUDA sources.
 
 Everything else about the package is in pyproject.toml. `csrc/cpu/kd_cpu.cpp` is compiled once per instruction
 set and once more for the entry points that pick among them, and linked into one shared library with a plain C
 interface, which ctypes loads: no torch or Python header is read, so one wheel serves every Python and every
 torch. The library is optional: without a compiler the package installs all the same and runs on its reference
-backend.
+backend. The CUDA kernels are compiled where they run, so that their sources go into the package.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 SOURCE = Path("csrc/cpu/kd_cpu.cpp")
 LIBRARY = "kdkernels/libkdkernels_cpu.so"
+CUDA_SOURCES = ("csrc/*.h", "csrc/cuda/*")
 
 # Never -ffast-math: it breaks infinities, and linking with it changes the rounding mode of every thread in
 # the process.
@@ -146,6 +148,20 @@ class BuildLibrary(build_ext):
         compiler.must(*flags, *LINK_FLAGS, *objects, *environment("LDFLAGS"), "-o", str(library))
 
 
+class PackSources(build_py):
+    """`build_py` that puts the CUDA sources into the package; a checkout has them beside it."""
+
+    def run(self) -> None:
+        """Copy them after the modules."""
+        super().run()
+        if self.editable_mode:
+            return
+        for path in (path for pattern in CUDA_SOURCES for path in Path().glob(pattern)):
+            copy = Path(self.build_lib) / "kdkernels" / path
+            self.mkpath(str(copy.parent))
+            self.copy_file(str(path), str(copy))
+
+
 class TagWheel(bdist_wheel):
     """Tags the wheel by what is in it: `py3-none-<platform>` with the library, `py3-none-any` without."""
 
@@ -163,5 +179,5 @@ class TagWheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("kdkernels.libkdkernels_cpu", sources=[str(SOURCE)], optional=True)],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": TagWheel},
+    cmdclass={"build_py": PackSources, "build_ext": BuildLibrary, "bdist_wheel": TagWheel},
 )

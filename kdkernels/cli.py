@@ -3,15 +3,18 @@
 # No `from __future__ import annotations`: typer reads the commands' annotations, which live inside `build`.
 import importlib.metadata
 import importlib.util
+import itertools
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
 from . import __version__, registry
-from .backends import cpu
+from .backends import cpu, cuda_ahead, cuda_build
+from .backends.cuda_build import Build
 
 if TYPE_CHECKING:
     import typer
@@ -35,11 +38,16 @@ def info_lines() -> list[str]:
         f"kdkernels     {__version__}",
         f"Python        {platform.python_version()} ({platform.system()} {platform.machine()})",
     ]
-    for package in ("torch", "numpy", "triton", "tokenizers", "matplotlib"):
+    for package in ("torch", "numpy", "triton", "cuda-core", "tokenizers", "matplotlib"):
         try:
             lines.append(f"{package:<13} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{package:<13} not installed")
+    if cuda_build.missing() is None:
+        lines.append(f"NVRTC         {'.'.join(map(str, cuda_build.nvrtc_version()))}")
+    else:
+        lines.append("NVRTC         not found")
+    lines.append(f"CUDA builds   {cuda_build.folder() or 'nowhere: there is no home folder'}")
     lines.append(f"threads       {torch.get_num_threads()}")
     if torch.cuda.is_available():
         devices.insert(0, torch.device("cuda"))
@@ -51,8 +59,35 @@ def info_lines() -> list[str]:
     for device in devices:
         lines.append(f"backends for {device.type} tensors:")
         for name, backend in registry.BACKENDS.items():
-            lines.append(f"  {name:<11} {backend.available(device) or 'available'}")
+            label = getattr(backend, "label", None)
+            can = "available" if label is None else f"available ({label})"
+            lines.append(f"  {name:<11} {backend.available(device) or can}")
     return lines
+
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def compile_lines(
+    archs: list[str], vocabs: list[int], dtypes: list[str], divergences: list[str]
+) -> Iterator[str]:
+    """Builds the CUDA kernels of these and tells of each; raises ValueError where there is no such build."""
+    if (why := cuda_build.missing()) is not None:
+        raise ValueError(why)
+    for dtype in dtypes:
+        if dtype not in _DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    archs = archs or [cuda_ahead.architecture_here() or "sm_90"]
+    divergences = divergences or list(cuda_build.DIVERGENCES)
+    wanted = {
+        (each, arch): None
+        for arch, vocab, dtype, name in itertools.product(archs, vocabs, dtypes, divergences)
+        for each in cuda_ahead.builds(arch, vocab, _DTYPES[dtype], name)
+    }
+    for n, (made, arch, seconds) in enumerate(cuda_ahead.make(list(wanted)), 1):
+        what = f"{made.divergence} {made.mode} {made.hard}" if isinstance(made, Build) else made.kernel
+        yield f"{n:>4}/{len(wanted)}  {arch}  {what}: {seconds:.1f} s"
+    yield f"in {cuda_build.folder()}"
 
 
 def build() -> "typer.Typer":
@@ -68,10 +103,29 @@ def build() -> "typer.Typer":
     )
 
     @app.command()
-    def info() -> None:
+    def info(
+        compile: Annotated[
+            bool, typer.Option("--compile", help="Build the CUDA kernels now, where no call waits for them.")
+        ] = False,
+        arch: Annotated[
+            list[str] | None,
+            typer.Option(help="For what, such as sm_90; by default the GPU here.", show_default=False),
+        ] = None,
+        vocab: Annotated[list[int], typer.Option(help="Classes of a row.")] = [128_256],  # noqa: B006
+        dtype: Annotated[list[str], typer.Option(help="Of the logits.")] = ["bfloat16"],  # noqa: B006
+        divergence: Annotated[
+            list[str] | None, typer.Option(help="By default each that there is.", show_default=False)
+        ] = None,
+    ) -> None:
         """Print versions, device, threads, and each backend with why it can or can't run here."""
         for line in info_lines():
             typer.echo(line)
+        if compile:
+            try:
+                for line in compile_lines(arch or [], vocab, dtype, divergence or []):
+                    typer.echo(line)
+            except ValueError as error:
+                raise SystemExit(f"kdkernels info --compile: {error}") from None
 
     @app.command()
     def demo(

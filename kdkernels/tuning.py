@@ -112,9 +112,8 @@ def head_rows(device: str) -> int:
 GPU_ORDER = ("triton", "cuda")
 CUDA_LABEL: str | None = "compiled, not yet run"
 
-# Of an SM of Hopper, and of the blocks that its scheduler puts on one GPC.
-CUDA_SHARED = 232_448  # bytes that a block may have
-CUDA_CLUSTERS = (1, 2, 4, 8, 16)
+CUDA_SHARED = 232_448  # bytes that a block may have, on Hopper and Blackwell's large ones
+CUDA_CLUSTERS = (1, 2, 4, 8, 16)  # blocks: up to 8 everywhere, up to 16 where the GPU says so
 # 20 warps of 96 registers are all that an SM has of them.
 CUDA_THREADS = 640
 CUDA_CLASSES = 32  # of each side, that a thread keeps in registers
@@ -145,6 +144,11 @@ class CudaConfig:
         slots = self.threads * self.vectors + 2 * shifted
         messages = CUDA_MESSAGES * self.cluster * (self.threads // 32)
         return 16 + 16 * (messages + self.stages * 2 * slots)
+
+
+def cuda_shared(generation: int) -> int:
+    """Bytes of shared memory that a block may have, by the first number of the compute capability."""
+    return 101_376 if generation == 12 else CUDA_SHARED
 
 
 @lru_cache(maxsize=1024)

@@ -159,7 +159,7 @@ class CudaBackend:
                     figures.data_ptr(), _pointer(loss), _pointer(stats), *items.record,
                     rows, spec.reduction == "mean", spec.reduction != "sum",
                 )  # fmt: skip
-                kernel = self._kernel(TotalBuild(), device.index, TotalBuild.threads)
+                kernel = self._kernel(TotalBuild(), device.index, TotalBuild.threads, TotalBuild.shared)
                 DRIVER.launch(kernel, STATS if spec.stats else 1, record, _stream(device.index), device.index)
         if loss is None:
             loss = figures[0].reshape(leading).clone() if spec.stats else figures
@@ -324,17 +324,15 @@ def build_of(
     labelled: bool,
 ) -> Build:
     """What is built for a call; `labelled` where it has labels that the loss or the stats use."""
-    soft = spec.soft_weight != 0 or spec.stats
+    # Targets are a binary divergence's, of whatever weight.
+    soft = spec.soft_weight != 0 or spec.stats or (spec.row.binary and labelled)
     # Without a soft term the only softmax is the hard one's.
     shared = spec.temperature == 1 or not soft
     z, v = spec.student_noise, spec.teacher_noise if soft else None
-    return Build(
-        divergence=divergence_name(spec.divergence, spec.params) if soft else NO_DIVERGENCE,
-        bound=128 * -(-config.threads // 128),
-        type=TYPES[dtype],
-        cluster=config.cluster,
-        vectors=config.vectors,
-        stages=config.stages,
+    return Build.of(
+        config,
+        divergence_name(spec.divergence, spec.params) if soft else NO_DIVERGENCE,
+        dtype,
         shifted=shifted,
         mode=_MODES[mode],
         hard="kNoHard" if not labelled else "kSharedHard" if shared else "kOwnHard",
@@ -378,7 +376,7 @@ def _unavailable(device: torch.device) -> str | None:
     if driver[0] < compiler[0]:
         return (
             f"the driver, of CUDA {'.'.join(map(str, driver))}, can't run what NVRTC {said} builds: install "
-            f"an nvidia-cuda-nvrtc of CUDA {driver[0]}"
+            f"'cuda-bindings=={driver[0]}.*' and the NVRTC of CUDA {driver[0]}"
         )
     if cuda_build.architecture(*capability) is None:
         return f"NVRTC {said} doesn't build for compute capability {have}: install a newer one"

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..caller import warn_once
+from ..tuning import CudaConfig
 
 # Beside this package where it is installed; in a checkout beside the folder of the package.
 _HERE = Path(__file__).parents[1] / "csrc"
@@ -86,6 +87,23 @@ class Build:
 
     kernel: ClassVar[str] = "kd_rows"
 
+    @classmethod
+    def of(
+        cls, config: CudaConfig, divergence: str, dtype: torch.dtype, *, shifted: bool, **more: Any
+    ) -> Build:
+        """The build of a configuration, of a template of divergence.h."""
+        return cls(
+            divergence=divergence,
+            # Few bounds, so that rows of many widths share a build.
+            bound=128 * -(-config.threads // 128),
+            type=TYPES[dtype],
+            cluster=config.cluster,
+            vectors=config.vectors,
+            stages=config.stages,
+            shifted=shifted,
+            **more,
+        )
+
     def unit(self) -> str:
         """The text that is compiled."""
         lines = [f"  template <class R>\n  using Divergence = {self.divergence}<R>;"]
@@ -112,6 +130,7 @@ class TotalBuild:
 
     kernel: ClassVar[str] = "kd_total"
     threads: ClassVar[int] = 1024
+    shared: ClassVar[int] = 2 * 8 * threads  # two sums of each thread
 
     def unit(self) -> str:
         """The text that is compiled."""
