@@ -73,19 +73,24 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def eager(batches: list[list[dict[str, Tensor]]]) -> tuple[Tensor, list[dict[str, float]]]:
-    """Plain PyTorch, each list one step: the mean over all tokens that count."""
+def eager(batches: list[list[dict[str, Tensor]]], parts: int = 1) -> tuple[Tensor, list[dict[str, float]]]:
+    """Plain PyTorch, each list one step: the mean over all tokens that count, or the mean of parts' means."""
     student, teacher = llama(8), llama(12, seed=5).eval()
     figures = []
-    for rows in batches:
+
+    def terms(rows: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
         ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
         with torch.no_grad():
             v = teacher(input_ids=ids).logits[:, :-1]
         z, y = student(input_ids=ids).logits[:, :-1], labels[:, 1:]
         keep = y != -100
         lq, lp = (z[keep] / T).log_softmax(-1), (v[keep] / T).log_softmax(-1)
-        soft = T**2 * (lp.exp() * (lp - lq)).sum(-1).mean()
-        hard = F.cross_entropy(z[keep], y[keep])
+        return T**2 * (lp.exp() * (lp - lq)).sum(-1).mean(), F.cross_entropy(z[keep], y[keep])
+
+    for rows in batches:
+        size = len(rows) // parts
+        each = [terms(rows[n : n + size]) for n in range(0, len(rows), size)]
+        soft, hard = (torch.stack(values).mean() for values in zip(*each, strict=True))
         loss = SOFT * soft + HARD * hard
         figures.append({"loss": float(loss), "soft": float(soft), "hard": float(hard)})
         gradients = torch.autograd.grad(loss, [*student.parameters()])
@@ -129,6 +134,8 @@ def _process(rank: int, port: int, folder: str) -> None:
     for accumulate in (1, 4):
         found = trained(f"{folder}/{accumulate}", 4 // accumulate, accumulate)
         torch.save(found, f"{folder}/{accumulate}-{rank}.pt")
+    alone = trained(f"{folder}/alone", 4, 1, average_tokens_across_devices=False)
+    torch.save(alone, f"{folder}/alone-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -143,6 +150,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     for accumulate in (1, 4):
         for rank in (0, 1):
             close(torch.load(tmp_path / f"{accumulate}-{rank}.pt"), wanted)
+    apart = eager([rows[:8], rows[8:]], parts=2)  # where each process takes the mean of its own
+    close(torch.load(tmp_path / "alone-0.pt"), apart)
+    assert not torch.allclose(apart[0], wanted[0], rtol=1e-3, atol=1e-3)
 
 
 def test_evaluation_is_a_mean_over_tokens(tmp_path: Path) -> None:
@@ -280,6 +290,77 @@ def test_students_of_other_classes_have_the_same_loss(kind: str, tmp_path: Path)
         assert found[name] == pytest.approx(figure, rel=1e-4), name
 
 
+NO_DROPOUT: dict[str, dict[str, float]] = {
+    "T5Config": {"dropout_rate": 0.0},
+    "BertConfig": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", NO_DROPOUT)
+def test_models_whose_labels_are_not_shifted(name: str, tmp_path: Path) -> None:
+    from test_hf import made
+
+    ids = torch.randint(3, 50, (8, 7), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(7) > 1 + torch.arange(8)[:, None] % 5, -100)
+    rows = [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
+    student, teacher = made(name, **NO_DROPOUT[name]), made(name, num_layers=3, num_hidden_layers=3)
+    trainer = KD(
+        student, arguments(tmp_path, 2, 4, max_steps=1), train_dataset=rows, teacher=teacher, temperature=T,
+        soft_weight=SOFT, hard_weight=HARD,
+    )  # fmt: skip
+    trainer.train()
+    keep = labels != -100
+    with torch.no_grad():
+        z, v = (model(input_ids=ids, labels=labels).logits[keep] for model in (made(name), teacher))
+    lq, lp = (z / T).log_softmax(-1), (v / T).log_softmax(-1)
+    wanted = SOFT * T**2 * (lp.exp() * (lp - lq)).sum(-1).mean() + HARD * F.cross_entropy(z, labels[keep])
+    (row,) = (row for row in trainer.state.log_history if "loss" in row)
+    assert row["loss"] == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_answers_are_generated_where_a_trainer_is_asked_for_them(tmp_path: Path) -> None:
+    """With the objective's loss."""
+    from test_hf import made
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    class Answers(kd.hf.DistillMixin, Seq2SeqTrainer):  # type: ignore[misc, name-defined]
+        pass
+
+    ids = torch.randint(3, 90, (4, 7), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": i, "labels": i.flip(0)} for i in ids]
+    losses = []
+    for generate in (True, False):
+        given = Seq2SeqTrainingArguments(str(tmp_path), predict_with_generate=generate, **settings(4, 1))
+        trainer = Answers(made("T5Config"), given, teacher=made("T5Config", d_model=16), hard_weight=0.5)
+        found = trainer.predict(rows)
+        assert found.predictions.ndim == (2 if generate else 3) and len(found.predictions) == 4
+        losses.append(found.metrics["test_loss"])
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def test_experts_are_balanced_as_by_the_models_own_loss(tmp_path: Path) -> None:
+    """With labels alone, updates are those of the plain trainer, whose model adds that loss to its own."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    found = []
+    for kind in (KD, Trainer):
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=V, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=4, pad_token_id=0, output_router_logits=True,
+            router_aux_loss_coef=0.3,
+        )  # fmt: skip
+        student, more = (
+            MixtralForCausalLM(config),
+            {"soft_weight": 0.0, "hard_weight": 1.0} if kind is KD else {},
+        )
+        trainer = kind(student, arguments(tmp_path, 8, 1), train_dataset=data(), **more)
+        trainer.train()
+        found.append((weights(student), trainer.state.log_history[0]))
+    assert found[0][1]["router"] > 1 and found[0][1]["loss"] == pytest.approx(found[1][1]["loss"], rel=1e-4)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+
+
 class Words:
     """A tokenizer, as far as it is compared."""
 
@@ -303,6 +384,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
                 student, given, train_dataset=rows, teacher=teacher, processing_class=ours,
                 teacher_tokenizer=Words("other", other),
             )  # fmt: skip
+    KD(
+        student, given, train_dataset=rows, teacher=teacher, processing_class=ours, teacher_tokenizer=ours,
+    )  # fmt: skip
     with pytest.raises(TypeError, match="objective must be an Objective, got float"):
         KD(student, given, train_dataset=rows, teacher=teacher, objective=0.5)
     with pytest.raises(ValueError, match="give an objective, or divergence, temperature and weights"):
@@ -312,7 +396,55 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     unlabelled = [{"input_ids": row["input_ids"]} for row in rows]
     with pytest.raises(ValueError, match="a term needs labels, and the batch has none"):
         KD(student, given, train_dataset=unlabelled, teacher=teacher, hard_weight=0.5).train()
+    never = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows]
+    with pytest.raises(ValueError, match="a term of labels saw none: every row was labelled -100"):
+        KD(student, given, train_dataset=never, teacher=teacher, hard_weight=0.5).train()
     other = copy.deepcopy(teacher)
     other.resize_token_embeddings(V + 2)
-    with pytest.raises(ValueError, match="student and teacher must have the same vocabulary"):
+    with pytest.raises(
+        ValueError, match=r"student and teacher must have the same vocabulary.*pad_vocab=True"
+    ):
         KD(student, given, train_dataset=rows, teacher=other).train()
+    padded = Objective(soft=SoftTargets(pad_vocab=True), hard=HardLabels(0.5))
+    KD(student, given, train_dataset=rows, teacher=other, objective=padded).train()
+    with pytest.raises(
+        ValueError, match="leave out compute_loss_func, label_smoothing_factor and loss_type="
+    ):
+        in_trls(tmp_path, data(), 2, 4, loss_type="dft")
+
+
+def test_entries_that_batches_have_lost_are_missed(tmp_path: Path) -> None:
+    """Weights of tokens count; a collator that drops them, as TRL's does, would leave another loss."""
+    weighted = [{**row, "token_weights": torch.full((9,), 0.5)} for row in data(8)]
+    trainer = KD(
+        llama(8), arguments(tmp_path, 8, 1, max_steps=1), train_dataset=weighted, teacher=llama(12, seed=5),
+        temperature=T, soft_weight=SOFT, hard_weight=HARD,
+    )  # fmt: skip
+    trainer.train()
+    (wanted,) = eager([data(8)])[1]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.5 * wanted["loss"], rel=1e-4)
+
+    def drops(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+    trainer.data_collator = drops
+    with pytest.raises(ValueError, match="the data have 'token_weights' and batches don't"):
+        trainer.train()
+
+
+def test_a_loaded_teachers_tokenizer_is_compared(tmp_path: Path) -> None:
+    """With the trainer's, or the one that the student was loaded with: of the same size, and another."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    for name, order in (("ours", 1), ("theirs", -1)):
+        words = models.WordLevel({f"w{w}": n for n, w in enumerate(range(V)[::order])}, unk_token="w0")
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(tmp_path / name)
+        llama(8).save_pretrained(tmp_path / name)
+    ours, theirs = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("ours", "theirs"))
+    for teacher in (theirs, str(tmp_path / "theirs"), [ours, theirs]):
+        with pytest.raises(
+            ValueError, match=r"the student's '.*ours' has 50.*the teacher's '.*theirs' 50 .*hash"
+        ):
+            KD(ours, arguments(tmp_path, 2, 1), train_dataset=data(2), teacher=teacher)
+    KD(ours, arguments(tmp_path, 2, 1), train_dataset=data(2), teacher=copy.deepcopy(ours))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..models.calls import rows, unwrap
-from ..train.objective import Objective, Progress, Term
+from ..train.objective import Function, Objective, Progress, Step, Term
 from ..train.outputs import Adaptor
 from ..train.passes import Passes, counts
 from ..train.records import Means
@@ -42,18 +43,22 @@ class DistillMixin(_Trainer):
         *args: Of the trainer.
         teacher: A model; the folder of one; a function of the batch, an `Ensemble` or a list, as `Distiller`
             takes them; None where batches bring it.
-        objective: An `Objective`; None for soft targets and labels with the next four.
+        objective: An `Objective`, such as one with further options of `kd_loss` (`pad_vocab=True` of a pair
+            whose vocabularies are padded to different sizes); None for soft targets and labels with the next
+            four, and, of a mixture of experts whose config asks for it, the loss that balances these.
         divergence: As `kd_loss` takes it.
         temperature: T.
         soft_weight: Weight of the soft targets.
         hard_weight: Weight of the labels.
-        teacher_tokenizer: To be compared with the trainer's; None for the one in the teacher's folder.
+        teacher_tokenizer: To be compared with the trainer's; None for the one in the folder that the teacher
+            is from.
         adaptor: As `Distiller` takes it.
         **kwargs: Of the trainer.
 
     Raises:
         TypeError: An objective that is none.
-        ValueError: Other options beside an objective; tokenizers that differ; a trainer with another loss.
+        ValueError: Other options beside an objective; tokenizers that differ; a trainer with another loss;
+            in training, data with entries for the objective that batches don't have, or no label at all.
 
     Example:
         >>> class KD(hf.DistillMixin, Trainer): ...
@@ -76,18 +81,23 @@ class DistillMixin(_Trainer):
         adaptor: Adaptor | None = None,
         **kwargs: Any,
     ) -> None:
-        simple = {"soft": SoftTargets(divergence, temperature, soft_weight), "hard": HardLabels(hard_weight)}
-        if objective is None:
-            terms: dict[str, Term] = {name: term for name, term in simple.items() if term.weight != 0}
-            objective = Objective(**terms)
-        elif not isinstance(objective, Objective):
+        terms: dict[str, Term] = {
+            "soft": SoftTargets(divergence, temperature, soft_weight),
+            "hard": HardLabels(hard_weight),
+        }
+        if objective is not None and not isinstance(objective, Objective):
             raise TypeError(f"objective must be an Objective, got {type(objective).__name__}")
-        elif (divergence, temperature, soft_weight, hard_weight) != ("forward_kl", 1.0, 1.0, 0.0):
+        if objective and (divergence, temperature, soft_weight, hard_weight) != ("forward_kl", 1.0, 1.0, 0.0):
             raise ValueError("give an objective, or divergence, temperature and weights, and not both")
         super().__init__(*args, **kwargs)
-        if self.compute_loss_func is not None or self.label_smoother is not None:
+        if objective is None:
+            terms |= _router(self.model)
+            objective = Objective(**{name: term for name, term in terms.items() if term.weight != 0})
+        another = getattr(self.args, "loss_type", None) == "dft"  # TRL's
+        if self.compute_loss_func is not None or self.label_smoother is not None or another:
             raise ValueError(
-                "the objective is the loss: leave out compute_loss_func and label_smoothing_factor"
+                "the objective is the loss: leave out compute_loss_func, label_smoothing_factor and "
+                "loss_type='dft'"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -97,12 +107,15 @@ class DistillMixin(_Trainer):
         if isinstance(teacher, (str, Path)):
             teacher_tokenizer = teacher_tokenizer or _tokenizer_in(Path(teacher))
             teacher = _model_in(Path(teacher), self.model)
-        _check_tokenizers(self.processing_class, teacher_tokenizer)
         self.model_accepts_loss_kwargs = True  # in versions that ask for this to know how a loss is scaled
         self.objective, self.adaptor = objective.to(self.args.device), adaptor or Adaptor()
         given = Stored() if teacher is None else teacher
         self.teacher = Ensemble(given) if isinstance(given, (list, tuple)) else given
-        for module in modules_of(self.teacher):
+        modules = modules_of(self.teacher)
+        tokenizers = [teacher_tokenizer] if teacher_tokenizer is not None else map(_tokenizer_of, modules)
+        for tokenizer in tokenizers:
+            _check_tokenizers(self.processing_class or _tokenizer_of(self.model), tokenizer)
+        for module in modules:
             if not hasattr(module, "hf_device_map") and not any(
                 hasattr(p, "full_tensor") for p in module.parameters()
             ):
@@ -117,6 +130,7 @@ class DistillMixin(_Trainer):
         """Batches of an optimizer step, of which all is counted here."""
         samples, items = super().get_batch_samples(*args, **kwargs)
         if samples:
+            self._check_entries(samples[0])
             given = self._passes().given([dict(batch) for batch in samples])
             totals, world = counts(given, self.objective.counted), self.accelerator.num_processes
             if world > 1 and self.args.average_tokens_across_devices:
@@ -128,6 +142,13 @@ class DistillMixin(_Trainer):
             for p in self.objective.parameters():  # the trainer does this of its model alone
                 p.grad = None
         return samples, items
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; an error in the end if a term had nothing to learn from."""
+        result = super().train(*args, **kwargs)
+        for term in self.objective.terms.values():
+            term.check()  # type: ignore[operator]
+        return result
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -151,13 +172,22 @@ class DistillMixin(_Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: Any = None,
+        **kwargs: Any,
     ) -> Any:
-        """Logits are made where something else than the loss is asked for."""
+        """Logits are made where something else than the loss is asked for, and answers where those are."""
         inputs = self._prepare_inputs(inputs)
+        answers = not prediction_loss_only and getattr(self.args, "predict_with_generate", False)
         with torch.no_grad(), self.compute_loss_context_manager():
-            if prediction_loss_only:
-                return self.compute_loss(model, inputs).detach(), None, None
+            if prediction_loss_only or answers:
+                loss = self.compute_loss(model, inputs).detach()
+                if answers:
+                    return loss, *super().prediction_step(model, inputs, False, ignore_keys, **kwargs)[1:]
+                return loss, None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), outputs["logits"].detach(), inputs.get("labels")
 
@@ -210,6 +240,19 @@ class DistillMixin(_Trainer):
                 self._kd_means.add(name, float(value), float(sizes[term.over]))
             self._kd_means.add("loss", float(loss), float(sizes["items"]))
 
+    def _check_entries(self, batch: Any) -> None:
+        """Refuses data whose entries for the objective don't come to it."""
+        data: Any = self.train_dataset
+        columns = getattr(data, "column_names", None)
+        if columns is None and isinstance(data, (list, tuple)) and isinstance(data[0], Mapping):
+            columns = data[0]
+        for name in _ENTRIES:
+            if name in (columns or ()) and name not in batch:
+                raise ValueError(
+                    f"the data have {name!r} and batches don't, which {type(self.data_collator).__name__} "
+                    "leaves out: pass a data_collator that keeps it, or data without it"
+                )
+
     def _passes(self) -> Passes:
         if self._kd_passes is None:
             student = {"student": unwrap(self.model)}
@@ -256,6 +299,20 @@ def _model_in(folder: Path, student: Any) -> nn.Module:
     return getattr(transformers, name).from_pretrained(folder)
 
 
+def _router(model: Any) -> dict[str, Term]:
+    """The term by which a mixture of experts balances these, where its config adds it to the model's loss."""
+    config: Any = getattr(unwrap(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(config, "output_router_logits", False):
+        return {}
+    return {"router": Function(_balance, float(getattr(config, "router_aux_loss_coef", 0.0)))}
+
+
+def _balance(step: Step) -> Tensor:
+    loss: Tensor = step.student["aux_loss"]
+    return loss
+
+
 def _tokenizer_in(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").is_file():
         return None
@@ -264,8 +321,19 @@ def _tokenizer_in(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def _tokenizer_of(model: Any) -> Any:
+    """The tokenizer in the folder that a model was loaded from, if it was, and there is one."""
+    name = getattr(unwrap(model), "name_or_path", None)
+    try:
+        return _tokenizer_in(Path(name)) if isinstance(name, str) and name else None
+    except Exception as error:  # which a loaded model does without, of whatever kind
+        warnings.warn(f"the tokenizer in {name!r} was not compared: {error}", stacklevel=2)
+        return None
+
+
 def _check_tokenizers(ours: Any, theirs: Any) -> None:
     """Refuses a teacher that counts tokens otherwise."""
+    ours, theirs = (getattr(t, "tokenizer", t) for t in (ours, theirs))  # of processors
     if not (hasattr(ours, "get_vocab") and hasattr(theirs, "get_vocab")):
         return
     names = [getattr(t, "name_or_path", "") or type(t).__name__ for t in (ours, theirs)]
@@ -277,5 +345,6 @@ def _check_tokenizers(ours: Any, theirs: Any) -> None:
     what = "sizes" if sizes[0] != sizes[1] else "hashes of the same size"
     raise ValueError(
         f"student and teacher must have one tokenizer, and the student's {names[0]!r} has {sizes[0]} tokens "
-        f"({hashes[0]}), the teacher's {names[1]!r} {sizes[1]} ({hashes[1]}): they differ in their {what}"
+        f"({hashes[0]}), the teacher's {names[1]!r} {sizes[1]} ({hashes[1]}): they differ in their {what}. "
+        "If they agree on all that is used, say so by teacher_tokenizer=, the student's"
     )
