@@ -141,6 +141,17 @@ def extents(memory: Iterable[Tensor]) -> list[tuple[int, int]]:
     return merged
 
 
+def mapped() -> list[tuple[int, int]]:
+    """(start, end) of whatever this process may write."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights = line.split()[:2]
+        start, end = (int(x, 16) for x in span.split("-"))
+        if "w" in rights:
+            found.append((start, end))
+    return found
+
+
 class Unit:
     """A text that has kernels, or includes `kd_cuda.cu` that has, built when it is first run.
 
@@ -209,6 +220,7 @@ class Unit:
 
         Raises:
             LaunchError: it ended early: a deadlock, something that a GPU would not do, or a sanitizer.
+            ValueError: for a sanitizer, the argument points to what is not in `memory`.
         """
         if self.sanitize:
             self._run(kernel, argument, (blocks, threads, shared, cluster, seed), extents(memory))
@@ -223,10 +235,13 @@ class Unit:
         self, kernel: str, argument: bytes, grid: tuple[int, ...], pieces: list[tuple[int, int]]
     ) -> None:
         """Launch in a program, and copy the memory there and back."""
-        pointers = []
+        pointers, ours = [], mapped()
         for at in range(0, len(argument) - 7, 8):
             value = int.from_bytes(argument[at : at + 8], "little")
-            pointers += [(at, i, value - p) for i, (p, n) in enumerate(pieces) if p <= value < p + n]
+            found = [(at, i, value - p) for i, (p, n) in enumerate(pieces) if p <= value < p + n]
+            if not found and any(start <= value < end for start, end in ours):
+                raise ValueError(f"byte {at} of the argument points to memory that was not given")
+            pointers += found
         numbers = [*grid, len(argument), len(pointers), len(pieces)]
         numbers += [word for pointer in pointers for word in pointer]
         numbers += [word for start, size in pieces for word in (size, start % 16)]
