@@ -124,6 +124,18 @@ def test_updates_are_those_of_the_loss_by_hand(batch: int, accumulate: int, tmp_
     close(trained(tmp_path, batch, accumulate), eager([rows[:8], rows[8:]]))
 
 
+def test_without_labels_all_tokens_count(tmp_path: Path) -> None:
+    """However batches are cut; a trainer that counts nothing must not divide once more."""
+    unlabelled, found = [{"input_ids": row["input_ids"]} for row in data()], []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        student = llama(8)
+        given = arguments(tmp_path, batch, accumulate)
+        KD(student, given, train_dataset=unlabelled, teacher=llama(12, seed=5), temperature=T).train()
+        found.append(weights(student))
+    assert not torch.allclose(found[0], weights(llama(8)), atol=1e-3)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
 def _process(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(

@@ -93,8 +93,9 @@ class DistillMixin(_Trainer):
         if objective is None:
             terms |= _router(self.model)
             objective = Objective(**{name: term for name, term in terms.items() if term.weight != 0})
-        another = getattr(self.args, "loss_type", None) == "dft"  # TRL's
-        if self.compute_loss_func is not None or self.label_smoother is not None or another:
+        # TRL's; with an older transformers, what isn't a function is its sign that the loss is scaled.
+        another = getattr(self.args, "loss_type", None) == "dft" or callable(self.compute_loss_func)
+        if self.label_smoother is not None or another:
             raise ValueError(
                 "the objective is the loss: leave out compute_loss_func, label_smoothing_factor and "
                 "loss_type='dft'"
@@ -141,6 +142,8 @@ class DistillMixin(_Trainer):
             self._kd_totals, self._kd_steps = totals, self._kd_steps + 1
             for p in self.objective.parameters():  # the trainer does this of its model alone
                 p.grad = None
+            if items is None:  # without labels; an older trainer would take the loss for a batch's own mean
+                items = totals["items"]
         return samples, items
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
