@@ -240,7 +240,7 @@ class Unit:
             value = int.from_bytes(argument[at : at + 8], "little")
             found = [(at, i, value - p) for i, (p, n) in enumerate(pieces) if p <= value < p + n]
             if not found and any(start <= value < end for start, end in ours):
-                raise ValueError(f"byte {at} of the argument points to memory that was not given")
+                raise ValueError(f"byte {at} of {kernel}'s argument points to memory that was not given")
             pointers += found
         numbers = [*grid, len(argument), len(pointers), len(pieces)]
         numbers += [word for pointer in pointers for word in pointer]

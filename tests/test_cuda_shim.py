@@ -311,7 +311,7 @@ def test_a_launch_that_does_not_fit_is_refused() -> None:
         with pytest.raises(LaunchError, match=reason):
             unit().launch("values", bytes(32), **{"blocks": 3, "threads": 32, **grid})
     given, out = torch.ones(4), torch.ones(4)
-    with pytest.raises(ValueError, match="byte 8 of the argument points to memory that was not given"):
+    with pytest.raises(ValueError, match="byte 8 of values's argument points to memory that was not given"):
         argument = struct.pack("4q", given.data_ptr(), out.data_ptr(), 0, 4)
         unit("address").launch("values", argument, blocks=1, threads=32, memory=[given])
     with pytest.raises(LaunchError, match="another size"):
