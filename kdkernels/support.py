@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry
+from . import registry, tuning
 from .divergences import BUILT_IN, TABLE, AlphaBeta, Parametrised
 from .functional import checked_call, complete
 from .noise import LogitNoise
@@ -22,6 +22,9 @@ from .sources import Head, Logits, Mixture
 STUDENTS = ("tensor", "Logits", "Head")
 TEACHERS = ("tensor", "Logits", "Head", "Mixture")
 NOISES = ("none", "teacher", "student", "both")
+ORDER = ("reference", "cpu", "triton", "cuda")  # of the columns
+# What a backend is asked in, which has no float64.
+DTYPES = {"cuda": torch.float32}
 # Values for the divergences that have parameters and no defaults.
 _CHOSEN: dict[str, Parametrised] = {"alpha_beta": AlphaBeta(0.3, 0.5)}
 
@@ -41,18 +44,21 @@ class Combination:
         """What `kd_loss` takes as `divergence`."""
         return _CHOSEN.get(self.divergence, self.divergence)
 
-    def arguments(self, device: torch.device | str = "cpu") -> tuple[Any, Any, Tensor, dict[str, Any]]:
+    def arguments(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+    ) -> tuple[Any, Any, Tensor, dict[str, Any]]:
         """Student, teacher, labels and options of a small call of this kind, the same at every time."""
         generator = torch.Generator().manual_seed(5)
         rows, vocab = 2, 6
 
+        def normals(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
+
         def logits() -> Tensor:
-            return (2 * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).to(device)
+            return 2 * normals(rows, vocab)
 
         def head(width: int) -> Head:
-            shapes = (rows, width), (vocab, width), (vocab,)
-            x, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-            return Head(x, weight, bias, scale=0.5).to(device)
+            return Head(normals(rows, width), normals(vocab, width), normals(vocab), scale=0.5)
 
         sources = {
             "tensor": lambda: logits(),
@@ -62,7 +68,7 @@ class Combination:
         }
         student, teacher = sources[self.student](), sources[self.teacher]()
         if TABLE[self.divergence].binary:
-            labels = torch.rand(rows, vocab, generator=generator, dtype=torch.float64).to(device)
+            labels = torch.rand(rows, vocab, generator=generator, dtype=torch.float32).to(device, dtype)
         else:
             labels = torch.randint(vocab, (rows,), generator=generator).to(device)
         noise = LogitNoise(0.3, seed=11), LogitNoise(0.2, "multiplicative", seed=12)
@@ -86,7 +92,8 @@ class Combination:
 
     def reason(self, backend: registry.Backend) -> str | None:
         """Why a backend can't compute it on a device of its own, or None where it can."""
-        student, teacher, labels, options = self.arguments()
+        dtype = DTYPES.get(backend.name, torch.float64)
+        student, teacher, labels, options = self.arguments(dtype=dtype)
         call = checked_call(student, teacher, labels, complete(options), self.stats)
         return backend.knows(call.spec.divergence) or backend.supports(call)
 
@@ -99,8 +106,9 @@ def combinations(divergence: str) -> Iterator[Combination]:
 
 def table() -> str:
     """The support table in Markdown."""
-    backends = [b for b in reversed(registry.BACKENDS.values()) if b.name != "cuda"]
-    names = [b.name for b in backends]
+    backends = [registry.BACKENDS[name] for name in ORDER]
+    names = [registry.label(b.name) for b in backends]
+    widest, widest_float32 = (tuning.cuda_widest(size, tuning.CUDA_SHARED) for size in (2, 4))
     notes: list[str] = []
 
     def cell(found: list[str | None]) -> str:
@@ -121,6 +129,10 @@ def table() -> str:
         "options do where kernels are interpreted.",
         "What a backend can't do it refuses by name, and `kd.explain` says so beforehand. Made by",
         "`python -m kdkernels.support`.",
+        "",
+        "`cuda` takes float32, bfloat16 and float16, the same on both sides, with the classes of a row side",
+        f"by side, and rows that fit on the chip: {widest:,} classes of 16 bits, {widest_float32:,} of",
+        "float32. `triton` takes the rest.",
         "",
         f"| `divergence` | teacher | {' | '.join(names)} |",
         "|---|---|" + "---|" * len(names),

@@ -14,14 +14,14 @@ import kdkernels as kd
 from kdkernels import registry
 from kdkernels.divergences import BUILT_IN, TABLE
 from kdkernels.functional import KDStats
-from kdkernels.support import NOISES, STUDENTS, TEACHERS, Combination, combinations, table
+from kdkernels.support import DTYPES, NOISES, ORDER, STUDENTS, TEACHERS, Combination, combinations, table
 
 DOCS = Path(__file__).parent.parent / "docs" / "support.md"
 
 
 def outcome(c: Combination, backend: str, device: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss, gradient and stats of a cell."""
-    student, teacher, labels, options = c.arguments(device)
+    student, teacher, labels, options = c.arguments(device, DTYPES.get(backend, torch.float64))
     part = {kd.Logits: "z", kd.Head: "weight"}.get(type(student))
     z = (student if part is None else getattr(student, part)).requires_grad_()
     stats: list[Tensor] = []
@@ -61,8 +61,11 @@ def test_every_cell(backend: str, divergence: str, teacher: str) -> None:
             assert why in str(unable.value)
             continue
         ours, theirs = outcome(c, backend, device), outcome(c, "reference", "cpu")
+        rtol, atol = (2e-5, 2e-6) if backend in DTYPES else (1e-10, 1e-11)
         for x, y in zip((*ours[:2], *ours[2]), (*theirs[:2], *theirs[2]), strict=True):
-            torch.testing.assert_close(x.cpu(), y, rtol=1e-10, atol=1e-11, msg=lambda m, c=c: f"{c}: {m}")
+            torch.testing.assert_close(
+                x.cpu().double(), y, rtol=rtol, atol=atol, msg=lambda m, c=c: f"{c}: {m}"
+            )
 
 
 def test_the_table_has_every_divergence_and_source() -> None:
@@ -85,4 +88,10 @@ def test_the_table_names_what_is_refused() -> None:
     text = table()
     refused: list[Any] = [line for line in text.splitlines() if "no (" in line]
     assert refused and "compares logits" in text
-    assert any("`logit_mse` | Mixture | no (1) | no (1) | no (1)" in line for line in refused)
+    assert any("`logit_mse` | Mixture | no (2) | no (2) | no (2) | no (2)" in line for line in refused)
+    assert "1. takes one teacher, not a kd.Mixture" in text
+
+
+def test_the_table_has_every_backend() -> None:
+    """A column each."""
+    assert sorted(ORDER) == sorted(registry.BACKENDS)
