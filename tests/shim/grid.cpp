@@ -262,8 +262,8 @@ void deliver(const Message& message);
   }
   std::string text = "deadlock:";
   for (auto& [what, entry] : waiting)
-    text += " " + std::to_string(entry.first) + " threads " + what + ", as thread " + std::to_string(entry.second->thread) +
-            " of block " + std::to_string(entry.second->block) + ";";
+    text += " " + std::to_string(entry.first) + " threads " + what + ", as thread " +
+            std::to_string(entry.second->thread) + " of block " + std::to_string(entry.second->block) + ";";
   text.pop_back();
   give_up(text);
 }
@@ -517,11 +517,13 @@ void run_cluster(long long number, int threads) {
   }
 }
 
-const char* why_not(const KdKernel* kernel, std::size_t bytes, long long blocks, int threads, std::size_t shared, int cluster) {
+const char* why_not(
+    const KdKernel* kernel, std::size_t bytes, long long blocks, int threads, std::size_t shared, int cluster) {
   if (!kernel) return "no kernel has this name";
   if (kernel->bytes != bytes) return "the kernel's argument has another size";
   if (threads < kWarp || threads > 1024 || threads % kWarp) return "a block has full warps, and at most 1,024 threads";
-  if (cluster < 1 || cluster > 16 || blocks < 1 || blocks % cluster) return "the grid has full clusters, of at most 16 blocks";
+  if (cluster < 1 || cluster > 16 || blocks < 1 || blocks % cluster)
+    return "the grid has full clusters, of at most 16 blocks";
   if (shared > 227 << 10) return "a block has at most 227 KiB of shared memory";
   return nullptr;
 }
