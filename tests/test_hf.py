@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import re
 import socket
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -198,25 +201,69 @@ def _process(rank: int, port: int, results: Any) -> None:
             rows = {name: x[rank : rank + 1] for name, x in batch().items()}
             kd.kd_loss(kd.hf.head(wrapped, **rows), torch.zeros(1, 7, V)).backward()
         results[rank, unused] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    wanted = made("LlamaConfig")(**calls.inputs(made("LlamaConfig"), batch())).logits
+    for name, shard in SHARDED.items():
+        model = shard(made("LlamaConfig"))
+        try:
+            said = str(kd.hf.head(model, **batch()))
+        except ValueError as error:
+            said = str(error)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            found = Adaptor()(model, batch()).logits
+        warned_of = " ".join(str(w.message) for w in warned)
+        results[rank, name] = (
+            calls.rows(calls.unwrap(model)),
+            said,
+            warned_of,
+            float((found - wanted).abs().max()),
+        )
     torch.distributed.destroy_process_group()
 
 
-def test_through_data_parallel_wrappers() -> None:
-    """Gradients are averaged over processes, of the head's weight, too, however the wrapper looks."""
+def _flat(model: Any, **options: Any) -> Any:
+    return torch.distributed.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+SHARDED: dict[str, Callable[[Any], Any]] = {
+    "fully_shard": lambda model: torch.distributed.fsdp.fully_shard(model),
+    "FSDP": lambda model: _flat(model, use_orig_params=True),
+    "flat FSDP": lambda model: _flat(model, use_orig_params=False),
+}
+
+
+@pytest.fixture(scope="module")
+def of_two_processes() -> dict[Any, Any]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with mp.Manager() as manager:
         shared = manager.dict()
         mp.spawn(_process, (port, shared), nprocs=2)
-        results = dict(shared)
+        return dict(shared)
+
+
+def test_through_data_parallel_wrappers(of_two_processes: dict[Any, Any]) -> None:
+    """Gradients are averaged over processes, of the head's weight, too, however the wrapper looks."""
     model = made("GPT2Config")
     kd.kd_loss(kd.hf.head(model, **batch()), torch.zeros(2, 7, V)).backward()
-    for found in results.values():
-        wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for rank, unused in ((0, False), (0, True), (1, False), (1, True)):
+        found = of_two_processes[rank, unused]
         assert found.keys() == wanted.keys()
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", SHARDED)
+def test_sharded_heads_are_named_and_trainers_take_the_logits(
+    how: str, of_two_processes: dict[Any, Any]
+) -> None:
+    for rank in (0, 1):
+        rows, said, warned, error = of_two_processes[rank, how]
+        assert rows == "causal" and error < 1e-5
+        assert re.search(r"LlamaForCausalLM can't be used by its head, since .*sharded over processes", said)
+        assert "give kd_loss its logits, as is done here" in warned
 
 
 def test_through_adapters() -> None:

@@ -94,10 +94,25 @@ def test_the_diff_for_a_trainer_runs(names: dict[str, Any], tmp_path: Path) -> N
         str(tmp_path), max_steps=1, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no"
     )
     names["data"] = [{"input_ids": row, "labels": row} for row in names["batch"]["input_ids"]]
-    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.S)
+    diff, _ = re.findall(r"```diff\n(.*?)```", README, re.S)
     code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
     exec(compile(code, "<README>", "exec"), names)
     assert {"soft", "hard", "loss"} <= {*names["trainer"].state.log_history[0]}
+
+
+def test_the_diff_for_trl_is_a_line_that_patches_it() -> None:
+    pytest.importorskip("trl")
+    from kdkernels.integrations import trl
+
+    _, diff = re.findall(r"```diff\n(.*?)```", README, re.S)
+    (added,) = (line[1:] for line in diff.splitlines() if line.startswith("+"))
+    exec(compile(added, "<README>", "exec"), {})
+    try:
+        from trl.experimental.gkd import GKDTrainer
+
+        assert GKDTrainer.generalized_jsd_loss is trl._of_logits
+    finally:
+        trl.unpatch()
 
 
 def test_every_recipe_is_named() -> None:
