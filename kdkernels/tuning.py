@@ -139,7 +139,7 @@ class CudaConfig:
     part: int
 
     def shared_bytes(self, shifted: bool) -> int:
-        """Shared memory of a block; `shared_bytes` of kd_cuda.cu is the same sum."""
+        """Shared memory of a block, as `Rows` of kd_cuda.cu has it: barriers, messages, the two sides."""
         # Of rows that lie differently within 16 bytes, one vector more at either end.
         slots = self.threads * self.vectors + 2 * shifted
         messages = CUDA_MESSAGES * self.cluster * (self.threads // 32)

@@ -130,7 +130,6 @@ class TotalBuild:
 
     kernel: ClassVar[str] = "kd_total"
     threads: ClassVar[int] = 1024
-    shared: ClassVar[int] = 1024 * 2 * 8  # two sums of each thread, in float64
     shared: ClassVar[int] = 2 * 8 * threads  # two sums of each thread
 
     def unit(self) -> str:
