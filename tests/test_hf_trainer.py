@@ -148,6 +148,12 @@ def _process(rank: int, port: int, folder: str) -> None:
         torch.save(found, f"{folder}/{accumulate}-{rank}.pt")
     alone = trained(f"{folder}/alone", 4, 1, average_tokens_across_devices=False)
     torch.save(alone, f"{folder}/alone-{rank}.pt")
+    given = arguments(folder, 4, 1, per_device_eval_batch_size=4)
+    trainer = KD(
+        llama(8), given, train_dataset=data(), eval_dataset=data(5), teacher=llama(12, seed=5), temperature=T,
+        soft_weight=SOFT, hard_weight=HARD,
+    )  # fmt: skip
+    torch.save(trainer.evaluate(), f"{folder}/evaluated-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -162,6 +168,11 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     for accumulate in (1, 4):
         for rank in (0, 1):
             close(torch.load(tmp_path / f"{accumulate}-{rank}.pt"), wanted)
+    (figures,) = eager([data(5)])[1]  # of 5 rows in batches of 4, of which 3 are repeated
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"evaluated-{rank}.pt")
+        for name, figure in figures.items():
+            assert found[f"eval_{name}"] == pytest.approx(figure, rel=1e-4), name
     apart = eager([rows[:8], rows[8:]], parts=2)  # where each process takes the mean of its own
     close(torch.load(tmp_path / "alone-0.pt"), apart)
     assert not torch.allclose(apart[0], wanted[0], rtol=1e-3, atol=1e-3)

@@ -160,6 +160,8 @@ class DistillMixin(_Trainer):
         passes, learns = self._passes(), torch.is_grad_enabled() and model.training
         passes.ready["student"] = model
         given = passes.given([dict(inputs)])
+        if not learns:
+            self._count_once(given[0].batch)
         totals = self._kd_totals if learns and self._kd_totals else counts(given, self.objective.counted)
         done = Progress(self.state.global_step, int(self.state.epoch or 0))
         done.fraction = self.state.global_step / max(self.state.max_steps, 1)
@@ -242,6 +244,20 @@ class DistillMixin(_Trainer):
                 term: Any = self.objective.terms[name]
                 self._kd_means.add(name, float(value), float(sizes[term.over]))
             self._kd_means.add("loss", float(loss), float(sizes["items"]))
+
+    def _count_once(self, batch: dict[str, Any]) -> None:
+        """Takes out of the mask what Accelerate repeats for all processes to have as many samples."""
+        end, world = self.accelerator.gradient_state, self.accelerator.num_processes
+        if self._kd_means is None or world == 1 or not end.end_of_dataloader or end.remainder < 1:
+            return
+        size = len(next(x for x in batch.values() if isinstance(x, Tensor) and x.dim()))
+        own, mask = end.remainder - self.accelerator.process_index * size, batch["mask"]
+        if own < size:
+            mask = (
+                torch.ones(size, dtype=torch.bool, device=self.args.device) if mask is None else mask.clone()
+            )
+            mask[max(own, 0) :] = False
+            batch["mask"] = mask
 
     def _check_entries(self, batch: Any) -> None:
         """Refuses data whose entries for the objective don't come to it."""
