@@ -12,9 +12,9 @@
 // kTarget: the pair is about the classes that are not the row's label; the label's own term is alpha binary_kl of the
 // margins. kBinary: every class is a question of its own, the hard term too.
 //
-// The includer provides KD_FN (how a function is declared), kd_exp (of what is at most 88), kd_power (e^x of any x),
-// kd_expm1 (of what is at most 0) and kd_log1p for its real type. The same expressions stand in
-// kdkernels/expressions.py; a test pins the two spellings to each other.
+// The includer provides KD_FN (how a function is declared), KD_INFINITY, and for its real type kd_min, kd_max, kd_at_least
+// (of which only the last leaves a NaN one), kd_exp (of what is at most 88), kd_power (e^x of any x), kd_expm1 (of what is at
+// most 0) and kd_log1p. The same expressions stand in kdkernels/expressions.py; a test pins the two spellings to each other.
 #pragma once
 
 namespace {
@@ -34,6 +34,7 @@ struct Pair {
   using Reads = Pair;
   using Writes = Pair;
   static constexpr bool kCross = false, kTeacherWeighs = false, kLogs = true, kTarget = false, kBinary = false;
+  static constexpr bool kGuarded = false;  // whether both expressions are 0 by themselves where p and q are
   static constexpr Normaliser kNormaliser = kSoftmax;
   static constexpr R kA = 0, kB = 0;
 };
@@ -46,7 +47,8 @@ struct ForwardKL : Pair<R> {
   static constexpr bool kCross = true, kTeacherWeighs = true;
   static constexpr R kA = 1, kB = -1;
   R unused[4];
-  KD_FN double value(double x, double s, double lse_weighing, double lse_other) const {
+  template <class S>
+  KD_FN S value(S x, S s, S lse_weighing, S lse_other) const {
     return x / s - lse_weighing + lse_other;
   }
   KD_FN Terms<R> terms(R lq, R lp, R, R p) const {
@@ -62,7 +64,10 @@ struct SoftCrossEntropy : Pair<R> {
   static constexpr bool kCross = true, kTeacherWeighs = true;
   static constexpr R kA = 0, kB = 1;
   R unused[4];
-  KD_FN double value(double x, double s, double, double lse_other) const { return lse_other - x / s; }
+  template <class S>
+  KD_FN S value(S x, S s, S, S lse_other) const {
+    return lse_other - x / s;
+  }
   KD_FN Terms<R> terms(R lq, R, R, R p) const {
     return {-p * (p > 0 ? lq : R(0)), -p};
   }
@@ -76,7 +81,8 @@ struct ReverseKL : Pair<R> {
   static constexpr bool kCross = true, kTeacherWeighs = false;
   static constexpr R kA = 1, kB = -1;
   R unused[4];
-  KD_FN double value(double x, double s, double lse_weighing, double lse_other) const {
+  template <class S>
+  KD_FN S value(S x, S s, S lse_weighing, S lse_other) const {
     return x / s - lse_weighing + lse_other;
   }
   KD_FN Terms<R> terms(R lq, R lp, R q, R) const {
@@ -86,53 +92,56 @@ struct ReverseKL : Pair<R> {
 };
 
 // A mixture m = w p + (1 - w) q at one class, relative to the larger of p and q. With d = lp - lq, the exponential of -|d|
-// keeps both logs finite at any margin, and log1p keeps them accurate where p is near q.
+// keeps both logs finite at any margin, and log1p keeps them accurate where p is near q. Logs cut off far below any that
+// has a probability need no guard: what multiplies them is 0.
 template <class R>
 struct Mixed {
-  bool student_larger;
   R d, smaller, over, log_mix;
   KD_FN Mixed(R lq, R lp, R w) {
-    d = lp - lq;
-    student_larger = d < 0;
-    smaller = kd_exp(student_larger ? d : -d);
-    R mix = (student_larger ? w : 1 - w) * (smaller - 1);
+    constexpr R kLowest = -10000;
+    d = kd_at_least(lp, kLowest) - kd_at_least(lq, kLowest);
+    smaller = kd_exp(kd_min(d, -d));
+    const R mix = (d < 0 ? w : 1 - w) * (smaller - 1);
     over = 1 + mix;
     log_mix = kd_log1p(mix);
   }
-  KD_FN R lq_lm() const { return -log_mix - (student_larger ? R(0) : d); }
-  KD_FN R lp_lm() const { return -log_mix + (student_larger ? d : R(0)); }
-  KD_FN R q_over_m() const { return (student_larger ? R(1) : smaller) / over; }
-  KD_FN R p_over_m() const { return (student_larger ? smaller : R(1)) / over; }
+  KD_FN R lq_lm() const { return -log_mix - kd_max(d, R(0)); }
+  KD_FN R lp_lm() const { return kd_min(d, R(0)) - log_mix; }
+  KD_FN R q_over_m() const { return (d < 0 ? R(1) : smaller) / over; }
+  KD_FN R p_over_m() const { return (d < 0 ? smaller : R(1)) / over; }
 };
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 template <class R>
 struct JSD : Pair<R> {
+  static constexpr bool kGuarded = true;
   R beta, unused[3];
   KD_FN Terms<R> terms(R lq, R lp, R q, R p) const {
     Mixed<R> m(lq, lp, beta);
-    R g = (1 - beta) * q * (q > 0 ? m.lq_lm() : R(0));
-    return {beta * p * (p > 0 ? m.lp_lm() : R(0)) + g, g};
+    R g = (1 - beta) * q * m.lq_lm();
+    return {beta * p * m.lp_lm() + g, g};
   }
 };
 
 // KL(p || m), m = alpha p + (1 - alpha) q.
 template <class R>
 struct SkewKL : Pair<R> {
+  static constexpr bool kGuarded = true;
   R alpha, unused[3];
   KD_FN Terms<R> terms(R lq, R lp, R, R p) const {
     Mixed<R> m(lq, lp, alpha);
-    return {p * (p > 0 ? m.lp_lm() : R(0)), -(1 - alpha) * p * m.q_over_m()};
+    return {p * m.lp_lm(), -(1 - alpha) * p * m.q_over_m()};
   }
 };
 
 // KL(q || m), m = (1 - alpha) p + alpha q.
 template <class R>
 struct SkewReverseKL : Pair<R> {
+  static constexpr bool kGuarded = true;
   R alpha, unused[3];
   KD_FN Terms<R> terms(R lq, R lp, R q, R) const {
     Mixed<R> m(lq, lp, 1 - alpha);
-    R phi = q * (q > 0 ? m.lq_lm() : R(0));
+    R phi = q * m.lq_lm();
     return {phi, phi + (1 - alpha) * q * m.p_over_m()};
   }
 };
@@ -140,7 +149,7 @@ struct SkewReverseKL : Pair<R> {
 // |p - q| / 2; g = q sign(q - p) / 2.
 template <class R>
 struct TVD : Pair<R> {
-  static constexpr bool kLogs = false;
+  static constexpr bool kLogs = false, kGuarded = true;
   R unused[4];
   KD_FN Terms<R> terms(R, R, R q, R p) const {
     R difference = q - p;
@@ -152,7 +161,7 @@ struct TVD : Pair<R> {
 // (q - p)^2 / 2; g = q (q - p).
 template <class R>
 struct SquaredError : Pair<R> {
-  static constexpr bool kLogs = false;
+  static constexpr bool kLogs = false, kGuarded = true;
   R unused[4];
   KD_FN Terms<R> terms(R, R, R q, R p) const {
     R difference = q - p;
@@ -235,7 +244,7 @@ struct AlphaBetaAny : Pair<R> {
     const R at_s_0 = alpha == 0 ? R(0.5) * t * t : (subtrahend - t) * over_a;
     R phi = s == 0 ? at_s_0 : (minuend - subtrahend) * inverse(s);
     // A difference of infinite powers is infinite; what was no number before stays none.
-    phi = phi == phi ? phi : (t < 0 ? R(__builtin_huge_val()) : 1 + t);
+    phi = phi == phi ? phi : (t < 0 ? R(KD_INFINITY) : 1 + t);
     return {phi, d < 0 ? -subtrahend : minuend};
   }
 };
@@ -293,7 +302,8 @@ struct DKD : Pair<R> {
   static constexpr bool kCross = true, kTeacherWeighs = true, kTarget = true;
   static constexpr R kA = 1, kB = -1;
   R alpha, beta, unused[2];
-  KD_FN double value(double x, double s, double lse_weighing, double lse_other) const {
+  template <class S>
+  KD_FN S value(S x, S s, S lse_weighing, S lse_other) const {
     return beta * (x / s - lse_weighing + lse_other);
   }
   KD_FN Terms<R> terms(R lq, R lp, R, R p) const {

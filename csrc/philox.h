@@ -63,4 +63,31 @@ struct RowNoise {
   KD_FN Words words(kd_u32 group) const { return philox(group, row_low, row_high, stream, k0, k1); }
 };
 
+// The normal of class c, of standard deviation sigma.
+template <class R>
+KD_FN R normal_at(const RowNoise& row, long long c, R sigma) {
+  Words w = row.words((kd_u32)(c / 4));
+  R even, odd;
+  if (c % 4 < 2)
+    box_muller(w.w0, w.w1, sigma, even, odd);
+  else
+    box_muller(w.w2, w.w3, sigma, even, odd);
+  return c % 2 == 0 ? even : odd;
+}
+
+// The noise of one row: its coin, and what all of its classes share.
+template <class R>
+KD_FN RowNoise noise_of_row(double sigma, double probability, bool multiplicative, bool per_row, kd_u64 seed, kd_u64 row,
+                            kd_u32 stream) {
+  RowNoise r{(kd_u32)seed, (kd_u32)(seed >> 32), (kd_u32)row, (kd_u32)(row >> 32), stream, sigma != 0, multiplicative,
+             per_row, sigma, 0, nullptr};
+  if (probability < 1) {
+    RowNoise coin = r;
+    coin.stream |= kCoinStream;
+    r.active = r.active && scaled_unit(coin.words(0).w0) * 0x1p-32f < (float)probability;
+  }
+  if (per_row) r.shared = normal_at(r, 0, (R)sigma);
+  return r;
+}
+
 }  // namespace

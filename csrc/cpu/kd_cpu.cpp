@@ -112,6 +112,7 @@ static inline void ask_for_huge_pages(void* memory, int64_t bytes) {
 #ifndef KD_DISPATCH
 // ---------------------------------------------------------------------------------------------- one variant
 #define KD_FN inline __attribute__((always_inline))
+#define KD_INFINITY __builtin_huge_val()
 #define KD_INLINE __attribute__((always_inline))  // of a lambda: one that stays a function is not vectorised
 #define KD_PASTE_(a, b) a##b
 #define KD_PASTE(a, b) KD_PASTE_(a, b)
@@ -120,6 +121,17 @@ static inline void ask_for_huge_pages(void* memory, int64_t bytes) {
 
 #include "../divergence.h"
 #include "../philox.h"
+
+namespace {
+
+// Blocks are merged in double.
+using kd_sum = double;
+using kd_ref = double;
+KD_FN double kd_apart(double a, double b) { return a - b; }
+KD_FN double kd_raise(double x) { return kd_exp(x); }
+
+}  // namespace
+
 #include "../row.h"
 #include "blocks.h"
 #include "phases.h"
@@ -166,16 +178,8 @@ Reader reader_of(const KdCall& c, const KdSide& side, int64_t n, const RowNoise*
 
 template <class R>
 RowNoise noise_of_row(const KdNoise& noise, int64_t seed, int64_t n, kd_u32 stream) {
-  uint64_t row = (uint64_t)(n + noise.row_offset);
-  RowNoise r{(kd_u32)(uint64_t)seed, (kd_u32)((uint64_t)seed >> 32), (kd_u32)row, (kd_u32)(row >> 32), stream,
-             noise.sigma != 0, noise.kind == 2, noise.per_row != 0, noise.sigma, 0, nullptr};
-  if (noise.probability < 1) {
-    RowNoise coin = r;
-    coin.stream |= kCoinStream;
-    r.active = r.active && scaled_unit(coin.words(0).w0) * 0x1p-32f < (float)noise.probability;
-  }
-  if (r.per_row) r.shared = normal_at(r, 0, (R)noise.sigma);
-  return r;
+  return noise_of_row<R>(noise.sigma, noise.probability, noise.kind == 2, noise.per_row != 0, (kd_u64)seed,
+                         (kd_u64)(n + noise.row_offset), stream);
 }
 
 void keep_first(int64_t* least, int64_t n) {
@@ -573,6 +577,7 @@ extern "C" const KdTable KD_PASTE(kd_table_, KD_ISA) = {run_any, scale, pointwis
 #else
 // ---------------------------------------------------------------------------------------------- the entry points
 #define KD_FN inline
+#define KD_INFINITY __builtin_huge_val()
 #define KD_EXPORT extern "C" __attribute__((visibility("default")))
 
 extern "C" __attribute__((visibility("hidden"))) const KdTable kd_table_baseline;
@@ -590,6 +595,12 @@ double kd_expm1(double x);
 double kd_log1p(double x);
 template <class R>
 R kd_power(R x);
+template <class R>
+R kd_at_least(R x, R low);
+template <class R>
+R kd_min(R x, R y);
+template <class R>
+R kd_max(R x, R y);
 #include "../divergence.h"
 
 struct Variant {

@@ -91,18 +91,6 @@ void block_words(const RowNoise& row, kd_u32 first, int64_t n, Later later, uint
 #endif
 }
 
-// The normal of one class, of standard deviation sigma.
-template <class R>
-R normal_at(const RowNoise& row, int64_t c, R sigma) {
-  Words w = row.words((kd_u32)(c / 4));
-  R even, odd;
-  if (c % 4 < 2)
-    box_muller(w.w0, w.w1, sigma, even, odd);
-  else
-    box_muller(w.w2, w.w3, sigma, even, odd);
-  return c % 2 == 0 ? even : odd;
-}
-
 // Calls put(i, noise of class begin + i) for n classes, at most a block; noise is b sigma epsilon.
 template <class R, class Put>
 KD_FN void each_noise(const RowNoise& row, int64_t begin, int64_t n, Later later, Put put) {

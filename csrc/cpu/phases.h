@@ -88,19 +88,6 @@ struct Ahead {
   KD_FN const char* at(int64_t i) const { return p + i * step; }
 };
 
-// No soft term: the hard one alone.
-template <class R>
-struct NoDivergence : Pair<R> {
-  using Reads = NoDivergence;
-  using Writes = NoDivergence;
-  static constexpr bool kCross = true;
-  R unused[4];
-};
-template <class D>
-constexpr bool kReadsTeacher = true;
-template <class R>
-constexpr bool kReadsTeacher<NoDivergence<R>> = false;
-
 // What phase 1 keeps of a row, block by block relative to the block's own references: the student's exponentials, those
 // of the teacher (or, where the student weighs, the terms of the cross sum), and the student's at T = 1 for the hard term.
 template <class R>
@@ -184,19 +171,6 @@ void normalise(const Frame<R>& f, RowState& row, const Kept<R>& kept) {
   }
 }
 
-// What a kept exponential is multiplied by to be a probability.
-KD_FN double to_probability(const Side& side, double block_ref) {
-  return exp_of_shift(block_ref - side.ref) / side.sum;
-}
-
-// The frame's part of a pair: a class that neither side can produce contributes nothing.
-template <class R, class D>
-KD_FN Terms<R> terms_of(const D& d, R lq, R lp, R q, R p) {
-  Terms<R> t = d.terms(lq, lp, q, p);
-  bool dead = lq == -Real<R>::kInf && lp == -Real<R>::kInf;
-  return {dead ? R(0) : t.phi, dead ? R(0) : t.g};
-}
-
 // Phase 2: sums phi and g, and keeps g where the teacher's exponentials were.
 template <class R, class D>
 double sum_pairs(const Frame<R>& f, D d, RowState& row, const Kept<R>& kept) {
@@ -238,19 +212,6 @@ double sum_pairs(const Frame<R>& f, D d, RowState& row, const Kept<R>& kept) {
   }
   row.sum_g = g_sum;
   return phi_sum;
-}
-
-// D of a row from its state, for the divergences that need no second phase.
-template <class R, class D>
-double closed_form(const D& d, const RowState& row) {
-  const Side &a = D::kTeacherWeighs ? row.v : row.z, &b = D::kTeacherWeighs ? row.z : row.v;
-  // Where the teacher is sure of the target, the others share nothing.
-  if constexpr (D::kTarget) {
-    if (a.sum == 0 || d.beta == 0) return 0;
-    // What the student gives none of the others is infinitely far.
-    if (b.sum == 0) return d.beta * Real<double>::kInf;
-  }
-  return d.value(row.cross, a.sum, kd_log(a.sum), kd_log(b.sum));
 }
 
 // The target against all others: its logits over T less the others' log-sum-exps.
@@ -554,12 +515,6 @@ double entropy(const Reader& r, const Side& side, double row_top, R c, int64_t c
 struct BinaryFigures {
   double entropy_z, entropy_v, agrees, correct;
 };
-
-template <class R>
-KD_FN R binary_entropy(R x) {
-  R size = x < 0 ? -x : x, e = kd_exp(-size);
-  return kd_log1p(e) + (e > 0 ? size * e / (1 + e) : R(0));
-}
 
 template <class R>
 BinaryFigures binary_figures(const Frame<R>& f, const Reader* targets) {

@@ -137,6 +137,20 @@ struct Real<double> {
   }
 };
 
+// Of a NaN and a number, the second; but at least `low` is no NaN.
+template <class R>
+KD_FN R kd_at_least(R x, R low) {
+  return x < low ? low : x;
+}
+template <class R>
+KD_FN R kd_min(R x, R y) {
+  return x < y ? x : y;
+}
+template <class R>
+KD_FN R kd_max(R x, R y) {
+  return x > y ? x : y;
+}
+
 // x = n ln 2 + r with n an integer; returns e^r - 1 and 2^n. x must lie within [kMin, 88].
 template <class R>
 KD_FN R split_exp(R x, R& power) {
