@@ -105,6 +105,8 @@ KD_FN double error_of(float x) {
   return (double)(int)(h ^ h >> 16) * 0x1p-31;
 }
 
+KD_FN float larger_or_nan(float x, float y) { return x != x || x > y ? x : y; }
+
 // With KD_APPROXIMATE the errors are those that PTX allows, 2^-22 with the rounding to float, and not those of one device.
 // 2^0 and what is infinite or NaN stay exact, as PTX says, too.
 KD_FN float exp2_fast(float x) {

@@ -1,0 +1,96 @@
+"""The CUDA backend on tensors of a CPU: everything but the driver, whose launches go to `cuda_shim.py`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cuda_shim import Unit
+
+from kdkernels import registry, tuning
+from kdkernels.backends import cuda
+
+
+class Split(NamedTuple):
+    """How rows are shared out, which a test chooses so that small ones are like large ones."""
+
+    cluster: int
+    threads: int
+    stages: int = 2
+    vectors: int | None = None
+
+    def config(self, width: int, itemsize: int) -> tuning.CudaConfig | None:
+        """As `tuning.cuda` has it."""
+        at_once = 16 // itemsize
+        vectors = self.vectors or tuning.CUDA_CLASSES // at_once
+        most = -(-(width + at_once - 1) // at_once)
+        part = -(-most // self.cluster)
+        if part > self.threads * vectors:
+            return None
+        return tuning.CudaConfig(self.cluster, self.threads, vectors, self.stages, part)
+
+
+class Launches:
+    """Stands for the driver: kernels are built by g++, and run on so many clusters at once."""
+
+    def __init__(self, clusters: int, seed: int, **built: Any) -> None:
+        self.clusters, self.seed, self.built = clusters, seed, built
+        self.memory: list[torch.Tensor] = []
+        self.units: list[str] = []
+
+    def enter(self, device: int) -> None:
+        """Nothing."""
+
+    def launch(self, kernel: Any, grid: int, record: bytes, stream: int, device: int) -> None:
+        """Runs a kernel to its end."""
+        unit, name, cluster, shared = kernel.function
+        self.units.append(name)
+        if name == "kd_rows":
+            grid = min(grid, self.clusters * cluster)
+        unit.launch(
+            name, record, blocks=grid, threads=kernel.threads, shared=shared, cluster=cluster,
+            seed=self.seed, memory=self.memory,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def cuda_on_cpu(split: Split, clusters: int = 2, seed: int = 0, **built: Any) -> Iterator[Launches]:
+    """While it lasts, `backend="cuda"` takes CPU tensors."""
+    driver, backend = Launches(clusters, seed, **built), cuda.CudaBackend()
+    units: dict[str, Unit] = {}
+
+    def config(width: int, itemsize: int, shared: int, shifted: bool = True) -> Any:
+        return split.config(width, itemsize)
+
+    config.__wrapped__ = config  # type: ignore[attr-defined]
+
+    def ready(build: Any, device: int, threads: int, shared: int = 0, cluster: int | None = None) -> Any:
+        text = build.unit()
+        if text not in units:
+            units[text] = Unit(text, **built)
+        return cuda.Kernel((units[text], build.kernel, cluster or 1, shared), threads, shared, 1 << 30)
+
+    rows = backend._rows
+
+    def remembered(mode: str, call: Any, items: Any, **more: Any) -> None:
+        # What a sanitizer has to know of: pointers of the record into anything else are refused.
+        every = [*call[:1], *call[1], *call[2:9], items.counted, items.given, *more.values()]
+        driver.memory = [x for x in every if isinstance(x, torch.Tensor)]
+        rows(mode, call, items, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "available", lambda device: None)
+        patch.setattr(backend, "_rows", remembered)
+        patch.setattr(backend, "_kernel", ready)
+        patch.setattr(cuda, "DRIVER", driver)
+        patch.setattr(cuda, "_launching", lambda device: contextlib.nullcontext())
+        patch.setattr(cuda, "_stream", lambda device: 0)
+        patch.setattr(tuning, "cuda", config)
+        patch.setitem(registry.BACKENDS, "cuda", backend)
+        yield driver
+
+
+Made = Callable[..., Any]
