@@ -19,13 +19,15 @@ from typing import Any
 # Before torch loads OpenMP: its idle threads spin, which on two busy cores made the suite ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.errors import Unsatisfiable
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels import tuning
+from kdkernels import registry, tuning
 from kdkernels.tuning import TritonConfig
 
 
@@ -74,11 +76,12 @@ if not torch.cuda.is_available():
 # Where each backend's tensors are. "streaming" is Triton with blocks so small that every row has several, as
 # those of real vocabularies have, which a test can't afford.
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
-DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU, "streaming": GPU}
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU, "streaming": GPU, "cuda": GPU}
+ONLY_GPU = ["cuda"] if GPU == "cuda" else []  # backends that nothing interprets
 STREAMED = ("test_semantics.py", "test_any_problem_is_within_the_budget", "test_hidden_classes_anywhere")
 
 # For what only fused backends promise.
-fused = pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
+fused = pytest.mark.parametrize("backend", ["cpu", "triton", *ONLY_GPU], indirect=True)
 
 # The same examples on every machine and in every run; `--hypothesis-profile explore` looks for new ones.
 COMMON = {
@@ -87,6 +90,8 @@ COMMON = {
     "suppress_health_check": [
         HealthCheck.too_slow,
         HealthCheck.data_too_large,
+        # Of examples that a backend doesn't take.
+        *([HealthCheck.filter_too_much] if ONLY_GPU else []),
     ],
 }
 settings.register_profile("kdkernels", settings(max_examples=40, derandomize=True, print_blob=True, **COMMON))
@@ -220,7 +225,7 @@ def in_small_blocks(
     return TritonConfig(32, 4 if strided else 16 // itemsize, strided, 1, whole=False)
 
 
-@pytest.fixture(scope="session", params=["reference", "cpu", "triton", "streaming"])
+@pytest.fixture(scope="session", params=["reference", "cpu", "triton", "streaming", *ONLY_GPU])
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend of this machine. The C++ one may be missing only where nothing could have built it."""
     name = "triton" if request.param == "streaming" else str(request.param)
@@ -228,10 +233,43 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         if name == "triton" and importlib.util.find_spec("triton") is None:
             pytest.skip(reason)
+        if name == "cuda":
+            pytest.skip(reason)  # an older GPU, no compiler
         if name == "cpu" and shutil.which("g++") is None:
             pytest.skip(f"no g++ to build it: {reason}")
         pytest.fail(f"backend {name!r} can't run here: {reason}")
     return name
+
+
+# Tests that know what a backend refuses.
+REFUSALS = ("test_support.py", "test_errors.py", "test_cuda.py")
+
+
+def choose_or_skip(name: str | None, call: Any) -> Any:
+    """As `registry.choose`, but a test whose call the CUDA backend doesn't take is skipped with its reason.
+
+    Of a test with examples it is the example that is left out.
+    """
+    why = registry.reason(registry.BACKENDS["cuda"], call) if name == "cuda" else None
+    if why is not None:
+        if hypothesis.currently_in_test_context():
+            hypothesis.reject()
+        pytest.skip(f"backend='cuda' {why}")
+    return choose(name, call)
+
+
+choose = registry.choose
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: Any) -> Iterator[None]:
+    """Skip a test none of whose examples its backend takes."""
+    try:
+        return (yield)
+    except Unsatisfiable:
+        if backend_of(pyfuncitem) != "cuda":
+            raise
+        pytest.skip("backend='cuda' takes none of the examples")
 
 
 @pytest.fixture(autouse=True)
@@ -241,6 +279,8 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if backend_of(request.node) == "streaming":
             stack.enter_context(pytest.MonkeyPatch.context()).setattr(tuning, "triton", in_small_blocks)
+        if backend_of(request.node) == "cuda" and request.node.path.name not in REFUSALS:
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(registry, "choose", choose_or_skip)
         if device != "cpu":
             stack.enter_context(torch.device(device))
         yield

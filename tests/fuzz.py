@@ -22,7 +22,7 @@ import hypothesis
 import pytest
 import torch
 
-from kdkernels import tuning
+from kdkernels import registry, tuning
 
 ROUND = 20  # examples of a property before the next one has its turn
 hypothesis.settings.register_profile(
@@ -56,6 +56,8 @@ def one_round(test: Any, backend: str, cases: collections.Counter[str]) -> str |
         with pytest.MonkeyPatch.context() as patch, torch.device(conftest.DEVICES[backend]):
             if backend == "streaming":
                 patch.setattr(tuning, "triton", conftest.in_small_blocks)
+            if backend == "cuda":
+                patch.setattr(registry, "choose", conftest.choose_or_skip)
             test(backend=name)
     except hypothesis.errors.Unsatisfiable:
         return None  # of so few examples, the backend does none yet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_info_tells_versions_and_every_backend() -> None:
     assert lines["kdkernels"] == kd.__version__
     assert lines["torch"] == importlib.metadata.version("torch")
     assert lines["Python"].split()[0] == ".".join(map(str, sys.version_info[:3]))
+    assert re.fullmatch(r"\d+\.\d+|not found", lines["NVRTC"])
     # In a process where Triton isn't told to interpret.
     device = torch.device("cpu")
     reasons = {name: b.available(device) for name, b in registry.BACKENDS.items()}
@@ -102,6 +104,12 @@ def test_info_gives_a_backends_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.BACKENDS, "cpu", Absent())
     assert "  cpu         not for cpu today" in cli.info_lines()
     assert "  reference   available" in cli.info_lines()
+
+
+@needs_typer
+def test_info_refuses_builds_in_one_line(capsys: Any) -> None:
+    line = status("info", "--compile", "--arch", "sm_80")
+    assert line.startswith("kdkernels info --compile: ") and "\n" not in line
 
 
 @needs_typer

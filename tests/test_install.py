@@ -148,6 +148,26 @@ def test_wheel_asks_for_torch_and_numpy_only(wheel: Path) -> None:
     assert about["Requires-Python"] == ">=3.10"
 
 
+def test_wheel_holds_the_cuda_sources(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name: archive.read(name) for name in archive.namelist() if name.startswith("kdkernels/csrc/")}
+    sources = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").iterdir()]
+    assert held == {f"kdkernels/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in sources}
+
+
+def test_cuda_kernels_are_built_from_what_is_installed(installed: Path, tmp_path: Path) -> None:
+    where = "from kdkernels.backends import cuda_build as b; print(b.SOURCES); print(b.missing() or '')"
+    sources, missing = (
+        run(sys.executable, "-c", where, cwd=tmp_path, PYTHONPATH=str(installed)) + "\n"
+    ).split("\n", 2)[:2]
+    assert Path(sources) == installed / "kdkernels" / "csrc"
+    if missing:
+        pytest.skip(missing)
+    build = "from kdkernels.backends.cuda_build import *; print(len(cubin(TotalBuild().unit(), 'sm_90')))"
+    environment = {"PYTHONPATH": str(installed), "KDKERNELS_CACHE": str(tmp_path / "cache")}
+    assert int(run(sys.executable, "-c", build, cwd=tmp_path, **environment)) > 1000
+
+
 @needs_compiler
 def test_installed_wheel_runs_on_the_cpu_library(installed: Path, tmp_path: Path) -> None:
     assert use(installed, tmp_path, PYTHONPATH=str(installed)) == "cpu"
