@@ -221,6 +221,17 @@ def test_an_objective_of_any_terms_is_resumed(tmp_path: Path) -> None:
     torch.testing.assert_close(parts[1], whole[1])
 
 
+def test_a_trainer_that_makes_its_student_anew_each_time(tmp_path: Path) -> None:
+    """What is captured is captured in the next one."""
+    goals = Objective(soft=SoftTargets(temperature=T), hint=Hint("model.layers.0", "model.layers.0", 0.1))
+    trainer = KD(
+        args=arguments(tmp_path, 4, 1), train_dataset=data(), teacher=llama(8, seed=5), objective=goals,
+        model_init=lambda: llama(8),
+    )  # fmt: skip
+    losses = [trainer.train().training_loss for _ in range(2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_teacher_from_a_folder_and_a_teacher_in_the_batch(tmp_path: Path) -> None:
     teacher, rows = llama(12, seed=5), data(4)
     teacher.save_pretrained(tmp_path / "teacher")

@@ -273,10 +273,10 @@ class DistillMixin(_Trainer):
                 )
 
     def _passes(self) -> Passes:
-        if self._kd_passes is None:
-            student = {"student": unwrap(self.model)}
-            terms = list(self.objective.terms.values())
-            self._kd_passes = Passes(student, student, {"teacher": self.teacher}, terms, self.adaptor)
+        student = unwrap(self.model)
+        if self._kd_passes is None or self._kd_passes.models["student"] is not student:  # model_init's next
+            models, terms = {"student": student}, list(self.objective.terms.values())
+            self._kd_passes = Passes(models, models, {"teacher": self.teacher}, terms, self.adaptor)
         return self._kd_passes
 
     def _adopt(self) -> list[nn.Parameter]:
