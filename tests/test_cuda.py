@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ 
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of sources that are compiled in no time, in the place of the real ones."""
     folder = tmp_path / "csrc"
     (folder / "cuda").mkdir(parents=True)
@@ -445,28 +447,35 @@ def test_a_driver_that_is_not_there() -> None:
     assert "the CUDA driver does not load" in str(Driver().missing)
 
 
-MISSING = {
-    "no cuda": ("cuda", "cuda.core, which compiles the kernels, is not installed"),
-    "no cuda.core": ("cuda.core", "cuda.core, which compiles the kernels, is not installed"),
-}
-
-
-@pytest.mark.parametrize(("name", "said"), MISSING.values(), ids=MISSING)
-def test_a_package_that_is_not_there(
-    name: str, said: str, gpu: _Gpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A reason that says what to install."""
-    monkeypatch.undo()
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == name else find(n, *rest))
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """What is installed is found out once."""
     cuda_build.missing.cache_clear()
-    try:
-        assert cuda_build.missing() == f"{said}: pip install 'kdkernels[cuda]'"
-    finally:
-        cuda_build.missing.cache_clear()
+    yield
+    cuda_build.missing.cache_clear()
 
 
-def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["cuda", "cuda.core"])
+def test_a_package_that_is_not_there(name: str, asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reason that says what to install."""
+    for module in [module for module in sys.modules if module.startswith(f"{name}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    assert cuda_build.missing() == (
+        "cuda.core, which compiles the kernels, is not installed: pip install 'kdkernels[cuda]'"
+    )
+
+
+def test_a_package_that_is_too_old(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 1.0 what is used was elsewhere."""
+    monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.core", types.ModuleType("cuda.core"))
+    why = str(cuda_build.missing())
+    assert why.startswith("cuda.core, which compiles the kernels, can't be imported (cannot import name")
+    assert why.endswith("pip install 'kdkernels[cuda]'")
+
+
+def test_a_compiler_that_is_not_there(asked_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package is installed, and the library that it loads isn't."""
     if importlib.util.find_spec("cuda") is None:
         pytest.skip("cuda.core is not installed")
@@ -475,14 +484,10 @@ def test_a_compiler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("libnvrtc.so.13:\n cannot open shared object file")
 
     monkeypatch.setattr(cuda_build, "nvrtc_version", nvrtc_version)
-    cuda_build.missing.cache_clear()
-    try:
-        assert cuda_build.missing() == (
-            "NVRTC, CUDA's compiler, isn't found (libnvrtc.so.13: cannot open shared object file): "
-            "pip install 'kdkernels[cuda]'"
-        )
-    finally:
-        cuda_build.missing.cache_clear()
+    assert cuda_build.missing() == (
+        "NVRTC, CUDA's compiler, isn't found (libnvrtc.so.13: cannot open shared object file): "
+        "pip install 'kdkernels[cuda]'"
+    )
 
 
 def test_importing_needs_and_loads_none_of_it() -> None:
@@ -509,7 +514,17 @@ def test_the_label_is_told() -> None:
     assert f"  {registry.label('cuda')}: runs on cuda tensors, these are on cpu" in said
 
 
-def test_the_order_on_gpus(gpu: _Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_says_no_more_than_is_known() -> None:
+    """The label, where there is one, and how wide rows may be."""
+    (row,) = (
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith('| `"cuda"` |')
+    )
+    label = tuning.CUDA_LABEL or "compiled, not yet run"
+    assert (f"**{label}**" in row) == (tuning.CUDA_LABEL is not None)
+    assert f"up to {tuning.cuda_widest(2, SHARED):,} classes" in row
+
+
+def test_the_order_on_gpus() -> None:
     """`backend=None` takes the first of `tuning.GPU_ORDER` that can."""
     assert [name for name in registry.BACKENDS if name in tuning.GPU_ORDER] == list(tuning.GPU_ORDER)
     assert sorted(tuning.GPU_ORDER) == ["cuda", "triton"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -171,11 +170,11 @@ OPTIONS: dict[str, Any] = {
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     install = "pip install 'kdkernels[cuda]'"
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
-        return f"cuda.core, which compiles the kernels, is not installed: {install}"
     try:
         from cuda.core import ObjectCode, Program, ProgramOptions  # noqa: F401
-    except Exception as error:
+    except ModuleNotFoundError:
+        return f"cuda.core, which compiles the kernels, is not installed: {install}"
+    except Exception as error:  # an old one, or one whose libraries don't load
         return f"cuda.core, which compiles the kernels, can't be imported ({error}): {install}"
     try:
         nvrtc_version()
