@@ -350,6 +350,12 @@ struct Rows {
     const KdSide& side = kOfTeacher ? a.v : a.z;
     raw(r, stage, kOfTeacher, k, x);
     if constexpr (kCapped || kNoise != kNoNoise) {
+      // What a softcap makes of -inf is finite: classes of no row, and of other blocks, are left alone.
+      if (local(k) >= (int)a.part) {
+        KD_UNROLL
+        for (int j = 0; j < kEach && factor; ++j) factor[j] = 1;
+        return;
+      }
       const RowNoise& noise = kOfTeacher ? v_noise : z_noise;
       int first = first_class(r, k);
       const float cap = side.cap, slope = side.slope;
