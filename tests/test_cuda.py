@@ -254,7 +254,7 @@ def test_defaults_are_those_of_the_kernels(tmp_path: Path) -> None:
 def test_divergences_are_those_of_the_header(tmp_path: Path) -> None:
     """The same template for the same name and parameters."""
     assert set(cuda_build.DIVERGENCES) == BUILT_IN
-    parameters = [(a, b) for a in (-0.5, 0.0, 0.5) for b in (-1.0, 0.0, 1.0)]
+    parameters = [(a, b) for a in (-1.0, 0.0, 0.5, 2.0) for b in (-1.0, 0.0, 0.5, 2.0)]
     entries = " ".join(f"tell(number, {a}, {b});" for a, b in parameters)
     body = f"""
     auto tell = [](int number, double a, double b) {{
