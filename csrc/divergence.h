@@ -15,6 +15,9 @@
 // The includer provides KD_FN (how a function is declared), KD_INFINITY, and for its real type kd_min, kd_max, kd_at_least
 // (of which only the last leaves a NaN one), kd_exp (of what is at most 88), kd_power (e^x of any x), kd_expm1 (of what is at
 // most 0) and kd_log1p. The same expressions stand in kdkernels/expressions.py; a test pins the two spellings to each other.
+//
+// A processor may have exponentials and logarithms to another base than e. What takes and gives logs in its units says so
+// (kInUnits): kd_unit<R> is a unit in nats, kd_exp_of_units and kd_log1p_in_units are the functions; on a CPU all natural.
 #pragma once
 
 namespace {
@@ -34,6 +37,7 @@ struct Pair {
   using Reads = Pair;
   using Writes = Pair;
   static constexpr bool kCross = false, kTeacherWeighs = false, kLogs = true, kTarget = false, kBinary = false;
+  static constexpr bool kInUnits = false;  // whether lq and lp are in the processor's units
   static constexpr bool kGuarded = false;  // whether both expressions are 0 by themselves where p and q are
   static constexpr Normaliser kNormaliser = kSoftmax;
   static constexpr R kA = 0, kB = 0;
@@ -93,17 +97,17 @@ struct ReverseKL : Pair<R> {
 
 // A mixture m = w p + (1 - w) q at one class, relative to the larger of p and q. With d = lp - lq, the exponential of -|d|
 // keeps both logs finite at any margin, and log1p keeps them accurate where p is near q. Logs cut off far below any that
-// has a probability need no guard: what multiplies them is 0.
+// has a probability need no guard: what multiplies them is 0. All logs are in units.
 template <class R>
 struct Mixed {
   R d, smaller, over, log_mix;
   KD_FN Mixed(R lq, R lp, R w) {
     constexpr R kLowest = -10000;
     d = kd_at_least(lp, kLowest) - kd_at_least(lq, kLowest);
-    smaller = kd_exp(kd_min(d, -d));
+    smaller = kd_exp_of_units(kd_min(d, -d));
     const R mix = (d < 0 ? w : 1 - w) * (smaller - 1);
     over = 1 + mix;
-    log_mix = kd_log1p(mix);
+    log_mix = kd_log1p_in_units(mix);
   }
   KD_FN R lq_lm() const { return -log_mix - kd_max(d, R(0)); }
   KD_FN R lp_lm() const { return kd_min(d, R(0)) - log_mix; }
@@ -114,34 +118,34 @@ struct Mixed {
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 template <class R>
 struct JSD : Pair<R> {
-  static constexpr bool kGuarded = true;
+  static constexpr bool kGuarded = true, kInUnits = true;
   R beta, unused[3];
   KD_FN Terms<R> terms(R lq, R lp, R q, R p) const {
     Mixed<R> m(lq, lp, beta);
-    R g = (1 - beta) * q * m.lq_lm();
-    return {beta * p * m.lp_lm() + g, g};
+    R g = (kd_unit<R> * (1 - beta)) * q * m.lq_lm();
+    return {(kd_unit<R> * beta) * p * m.lp_lm() + g, g};
   }
 };
 
 // KL(p || m), m = alpha p + (1 - alpha) q.
 template <class R>
 struct SkewKL : Pair<R> {
-  static constexpr bool kGuarded = true;
+  static constexpr bool kGuarded = true, kInUnits = true;
   R alpha, unused[3];
   KD_FN Terms<R> terms(R lq, R lp, R, R p) const {
     Mixed<R> m(lq, lp, alpha);
-    return {p * m.lp_lm(), -(1 - alpha) * p * m.q_over_m()};
+    return {kd_unit<R> * p * m.lp_lm(), -(1 - alpha) * p * m.q_over_m()};
   }
 };
 
 // KL(q || m), m = (1 - alpha) p + alpha q.
 template <class R>
 struct SkewReverseKL : Pair<R> {
-  static constexpr bool kGuarded = true;
+  static constexpr bool kGuarded = true, kInUnits = true;
   R alpha, unused[3];
   KD_FN Terms<R> terms(R lq, R lp, R q, R) const {
     Mixed<R> m(lq, lp, 1 - alpha);
-    R phi = q * m.lq_lm();
+    R phi = kd_unit<R> * q * m.lq_lm();
     return {phi, phi + (1 - alpha) * q * m.p_over_m()};
   }
 };

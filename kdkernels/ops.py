@@ -255,7 +255,7 @@ def _taken_apart(side: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
 def _or_empty(parts: Sequence[Tensor | None], number: int) -> Tensor:
     part, first = parts[number], parts[0]
     assert first is not None
-    return first.new_empty(0) if part is None else part
+    return first.new_zeros(0) if part is None else part
 
 
 def _job(inputs: tuple[Any, ...]) -> tuple[Job, Any, Wanted]:

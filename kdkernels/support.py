@@ -52,7 +52,8 @@ class Combination:
         rows, vocab = 2, 6
 
         def normals(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype)
+            made = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return made.to(device, dtype)
 
         def logits() -> Tensor:
             return 2 * normals(rows, vocab)
@@ -68,9 +69,10 @@ class Combination:
         }
         student, teacher = sources[self.student](), sources[self.teacher]()
         if TABLE[self.divergence].binary:
-            labels = torch.rand(rows, vocab, generator=generator, dtype=torch.float32).to(device, dtype)
+            labels = torch.rand(rows, vocab, generator=generator, dtype=torch.float32, device="cpu")
+            labels = labels.to(device, dtype)
         else:
-            labels = torch.randint(vocab, (rows,), generator=generator).to(device)
+            labels = torch.randint(vocab, (rows,), generator=generator, device="cpu").to(device)
         noise = LogitNoise(0.3, seed=11), LogitNoise(0.2, "multiplicative", seed=12)
         options = {
             "divergence": self.chosen,

@@ -114,10 +114,14 @@ CUDA_LABEL: str | None = "compiled, not yet run"
 
 CUDA_SHARED = 232_448  # bytes that a block may have, on Hopper and Blackwell's large ones
 CUDA_CLUSTERS = (1, 2, 4, 8, 16)  # blocks: up to 8 everywhere, up to 16 where the GPU says so
-# 20 warps of 96 registers are all that an SM has of them.
-CUDA_THREADS = 640
-CUDA_CLASSES = 32  # of each side, that a thread keeps in registers
-CUDA_MESSAGES = 2 * 3  # of 16 bytes, from every warp of a cluster: three, and three of the next exchange
+# Blocks that share a multiprocessor, of different rows: while one waits for memory or for its cluster, others
+# work.
+CUDA_BLOCKS = 2
+# Threads of a multiprocessor, and so registers of a thread: 64, or 80 where a class takes more of them.
+CUDA_RESIDENT = {"light": 1024, "heavy": 768}
+# Vectors of each side that a thread has, at least: fewer, and most of the work is sums over threads.
+CUDA_ROUNDS = 4
+CUDA_RESERVED = 1024  # bytes of shared memory that the system takes of every block
 
 
 @dataclass(frozen=True)
@@ -127,23 +131,16 @@ class CudaConfig:
     Attributes:
         cluster: Blocks that have a part of it each.
         threads: Of a block.
-        vectors: Of 16 bytes, that a thread has of each side.
-        stages: Rows in shared memory: with 2 the next one is copied while one is worked on.
-        part: Vectors of the row that a block has.
+        blocks: That a multiprocessor has room for.
+        part: Vectors of 16 bytes of the row, of each side, that a block has.
+        shared: Bytes of shared memory of a block.
     """
 
     cluster: int
     threads: int
-    vectors: int
-    stages: int
+    blocks: int
     part: int
-
-    def shared_bytes(self, shifted: bool) -> int:
-        """Shared memory of a block, as `Rows` of kd_cuda.cu has it: barriers, messages, the two sides."""
-        # Of rows that lie differently within 16 bytes, one vector more at either end.
-        slots = self.threads * self.vectors + 2 * shifted
-        messages = CUDA_MESSAGES * self.cluster * (self.threads // 32)
-        return 16 + 16 * (messages + self.stages * 2 * slots)
+    shared: int
 
 
 def cuda_shared(generation: int) -> int:
@@ -152,38 +149,44 @@ def cuda_shared(generation: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def cuda(width: int, itemsize: int, shared: int, shifted: bool = True) -> CudaConfig | None:
-    """The configuration for rows of a width, of logits of a size in bytes, or None where they don't fit.
+def cuda(
+    width: int, itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "heavy"
+) -> CudaConfig | None:
+    """How rows of a width are shared out, of logits of a size in bytes, or None where they don't fit.
 
-    Not measured yet. The fewest blocks that hold a row, since each exchange is between all of them.
+    The fewest blocks that hold a row and leave room for others on their multiprocessors, since each exchange
+    is between all of them; if no cluster does, the fewest that hold it.
 
     Args:
         width: Classes of a row.
         itemsize: Bytes of a logit.
         shared: Bytes of shared memory that a block of the device may have.
+        more: Vectors that are kept for each one of a side, beside both sides.
         shifted: Whether the sides and the gradient may lie differently within 16 bytes.
+        kind: `light` or `heavy`, by the registers that a class takes.
     """
     at_once = 16 // itemsize
     vectors = _up(width + at_once - 1, at_once)  # wherever a row begins
-    for cluster in CUDA_CLUSTERS:
-        part = _up(vectors, cluster)
-        each = CUDA_CLASSES // at_once
-        threads = 32 * _up(part, 32 * each)
-        if threads > CUDA_THREADS:
-            continue
-        for stages in (2, 1):
-            config = CudaConfig(cluster, threads, each, stages, part)
-            if config.shared_bytes(shifted) <= shared:
-                return config
+    resident = CUDA_RESIDENT[kind]
+    for blocks in (CUDA_BLOCKS, 1):
+        for cluster in CUDA_CLUSTERS:
+            part, most = _up(vectors, cluster), resident // CUDA_BLOCKS
+            threads = 32 * _up(part, 32 * max(CUDA_ROUNDS, _up(part, most)))
+            # Barriers, messages between warps and between blocks, the sides and what is kept.
+            messages = 3 * (1 + threads // 32) + (2 * 3 * cluster if cluster > 1 else 0)
+            needed = 16 * (1 + messages + 2 * (part + 2 * shifted) + more * part)
+            fit = (shared + CUDA_RESERVED) // (needed + CUDA_RESERVED)
+            if fit >= blocks:
+                return CudaConfig(cluster, threads, max(1, min(32, resident // threads, fit)), part, needed)
     return None
 
 
-def cuda_widest(itemsize: int, shared: int, shifted: bool = True) -> int:
+def cuda_widest(itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "heavy") -> int:
     """The widest rows that fit."""
     return bisect_right(
         range(1, 1 << 20),
         0,
-        key=lambda width: int(cuda.__wrapped__(width, itemsize, shared, shifted) is None),
+        key=lambda width: int(cuda.__wrapped__(width, itemsize, shared, more, shifted, kind) is None),
     )
 
 

@@ -19,18 +19,15 @@ class Split(NamedTuple):
 
     cluster: int
     threads: int
-    stages: int = 2
-    vectors: int | None = None
 
-    def config(self, width: int, itemsize: int) -> tuning.CudaConfig | None:
+    def config(self, width: int, itemsize: int, more: int, shifted: bool) -> tuning.CudaConfig | None:
         """As `tuning.cuda` has it."""
         at_once = 16 // itemsize
-        vectors = self.vectors or tuning.CUDA_CLASSES // at_once
-        most = -(-(width + at_once - 1) // at_once)
-        part = -(-most // self.cluster)
-        if part > self.threads * vectors:
-            return None
-        return tuning.CudaConfig(self.cluster, self.threads, vectors, self.stages, part)
+        vectors = (width + 2 * at_once - 2) // at_once
+        part = (vectors + self.cluster - 1) // self.cluster
+        messages = 3 * (1 + self.threads // 32) + (2 * 3 * self.cluster if self.cluster > 1 else 0)
+        shared = 16 * (1 + messages + 2 * (part + 2 * shifted) + more * part)
+        return tuning.CudaConfig(self.cluster, self.threads, 1, part, shared)
 
 
 class Launches:
@@ -62,8 +59,10 @@ def cuda_on_cpu(split: Split, clusters: int = 2, seed: int = 0, **built: Any) ->
     driver, backend = Launches(clusters, seed, **built), cuda.CudaBackend()
     units: dict[str, Unit] = {}
 
-    def config(width: int, itemsize: int, shared: int, shifted: bool = True) -> Any:
-        return split.config(width, itemsize)
+    def config(
+        width: int, itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "heavy"
+    ) -> Any:
+        return split.config(width, itemsize, more, shifted)
 
     config.__wrapped__ = config  # type: ignore[attr-defined]
 

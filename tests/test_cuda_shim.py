@@ -38,7 +38,7 @@ KD_KERNEL void sums(KD_ARGUMENT Sums a) {
 
   unsigned turn = 0;
   for (long long n = block_index() / cluster; n < a.rows; n += block_count() / cluster, ++turn) {
-    copy_later(row + thread, a.in + ((n * cluster + rank) * threads + thread) * 4);
+    copy_later(shared_address(row + thread), a.in + ((n * cluster + rank) * threads + thread) * 4);
     if (a.flaw != kNoCopiesDone) copies_done();
     float sum = 0;
     for (int i = 0; i < 4; ++i) sum += as_float(row[thread].w[i]);

@@ -596,6 +596,12 @@ double kd_log1p(double x);
 template <class R>
 R kd_power(R x);
 template <class R>
+constexpr R kd_unit = 1;
+template <class R>
+R kd_exp_of_units(R x);
+template <class R>
+R kd_log1p_in_units(R x);
+template <class R>
 R kd_at_least(R x, R low);
 template <class R>
 R kd_min(R x, R y);

@@ -137,6 +137,9 @@ struct Real<double> {
   }
 };
 
+template <class R>
+constexpr R kd_unit = 1;
+
 // Of a NaN and a number, the second; but at least `low` is no NaN.
 template <class R>
 KD_FN R kd_at_least(R x, R low) {
@@ -209,6 +212,14 @@ KD_FN float kd_expm1(float x) { return expm1_(x); }
 KD_FN double kd_expm1(double x) { return expm1_(x); }
 KD_FN float kd_log1p(float x) { return log1p_(x); }
 KD_FN double kd_log1p(double x) { return log1p_(x); }
+template <class R>
+KD_FN R kd_exp_of_units(R x) {
+  return exp_(x);
+}
+template <class R>
+KD_FN R kd_log1p_in_units(R x) {
+  return log1p_(x);
+}
 
 // kTimes (a power of two) times log(x 2^-kScale) of a normal number x.
 template <int kTimes = 1, int kScale = 0, class R>

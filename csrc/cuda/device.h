@@ -35,6 +35,15 @@ KD_FN char* shared_memory() {
 }
 
 KD_FN unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+KD_FN void* shared_pointer(unsigned address) { return __cvta_shared_to_generic(address); }
+
+// Where shared memory begins, as a number that is kept: a compiler makes it anew in every round of a loop, in five
+// instructions, if it knows what it is.
+KD_FN unsigned shared_begin() {
+  unsigned address = shared_address(shared_memory());
+  asm volatile("" : "+r"(address));
+  return address;
+}
 
 // ---------------------------------------------------------------------------------------------- barriers
 
@@ -84,9 +93,22 @@ KD_FN void send(Quad* to, Quad value, Barrier* barrier, unsigned block) {
 
 // ---------------------------------------------------------------------------------------------- memory
 
+KD_FN Quad load_shared(unsigned from) {
+  Quad x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
+               : "r"(from)
+               : "memory");
+  return x;
+}
+KD_FN void store_shared(unsigned to, Quad x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3])
+               : "memory");
+}
+
 // 16 aligned bytes from global to shared memory, there after this thread's next copies_done().
-KD_FN void copy_later(Quad* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+KD_FN void copy_later(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 KD_FN void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -113,6 +135,21 @@ KD_FN unsigned to_bfloats(float first, float second) {
   unsigned y;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(second), "f"(first));
   return y;
+}
+
+// x y, rounded: never fused with what is added to it.
+KD_FN float product(float x, float y) { return __fmul_rn(x, y); }
+
+// The larger one of each half; of a NaN and a number the number.
+KD_FN unsigned larger_halves(unsigned x, unsigned y) {
+  unsigned z;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+KD_FN unsigned larger_bfloats(unsigned x, unsigned y) {
+  unsigned z;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
 }
 
 // The larger of two numbers, NaN if one is.

@@ -12,16 +12,29 @@ KD_FN float kd_at_least(float x, float low) { return larger_or_nan(x, low); }
 KD_FN float kd_min(float x, float y) { return fminf(x, y); }
 KD_FN float kd_max(float x, float y) { return fmaxf(x, y); }
 KD_FN float kd_exp(float x) { return exp2_fast(x * kLog2e); }
+KD_FN double kd_exp(double x) { return exp(x); }
+KD_FN double kd_log1p(double x) { return log1p(x); }
 KD_FN float kd_power(float x) { return exp2_fast(x * kLog2e); }
 KD_FN float kd_expm1(float x) { return expm1f(x); }
 KD_FN float kd_log(float x) { return logf(x); }
 
-// log(1 + x): the device's logarithm, but near 0, where its error is absolute, the series up to x^5 / 5.
-KD_FN float kd_log1p(float x) {
-  float series = x * (1 + x * (-0.5f + x * (0.333333333f + x * (-0.25f + x * 0.2f))));
-  float log = log2_fast(1 + x) * kLn2;
+// Units of logarithms are those of powers of two.
+template <class R>
+constexpr R kd_unit = kLn2;
+KD_FN float kd_exp_of_units(float x) { return exp2_fast(x); }
+
+// log2(1 + x): the device's logarithm, but near 0, where its error is absolute, the series up to x^5 / 5. Of 16-bit logits it
+// is the logarithm alone: two that differ do so by more than its error.
+KD_FN float kd_log1p_in_units(float x) {
+  float log = log2_fast(1 + x);
+#ifdef KD_OF_16_BITS
+  return log;
+#else
+  float series = x * (kLog2e + x * (-0.5f * kLog2e + x * (0.333333333f * kLog2e + x * (-0.25f * kLog2e + x * (0.2f * kLog2e)))));
   return fabsf(x) < 0.03125f ? series : log;
+#endif
 }
+KD_FN float kd_log1p(float x) { return kd_log1p_in_units(x) * kLn2; }
 
 // -2 log(x 2^-32), also where that is near 0.
 KD_FN float kd_square_radius(float x) { return -2 * logf(x * 0x1p-32f); }
@@ -35,10 +48,6 @@ struct Reference {
 };
 
 KD_FN bool is_large(float hi) { return !(hi > -0x1p20f && hi < 0x1p20f); }
-KD_FN Reference reference_of(float top, float c) {
-  float hi = top * c;
-  return {hi, is_large(hi) && hi - hi == 0 ? fmaf(top, c, -hi) : 0.0f};
-}
 
 using kd_sum = float;
 using kd_ref = Reference;

@@ -1,10 +1,13 @@
 // The CUDA kernels: rows that are read from memory once and kept on chip by the blocks of a cluster.
 //
-// A cluster takes a row, and each of its blocks a part of it. While a row is worked on, the next one's logits are copied to
-// shared memory. Phase 1 reads them there and keeps the exponentials of both sides in registers, each thread relative to
-// the largest logits of its own; phase 2, for divergences without a closed form, turns the teacher's into g; phase 3
-// writes the gradient, a linear combination of what was kept. Between the phases the threads of all blocks add up what
-// they have: a warp by shuffles, a cluster by messages from every warp to every block.
+// A cluster takes a row, and each of its blocks a part of it, which is copied to shared memory once and read there by every
+// phase: (1) the normalisers of both sides and, where the divergence has a closed form, its cross sum; (2) for the others,
+// the sums of phi and g, of which g is kept; (3) the gradient. Phase 3 gives up a vector after the other, in whose place
+// the next row is copied. A multiprocessor has as many blocks as fit, of different clusters, so that one computes while
+// others wait for memory or for each other.
+//
+// Between the phases the threads of a row add up what they have, each relative to the largest logits of its own: a warp by
+// shuffles, a block in shared memory, a cluster by a message from every block to every other.
 //
 // kdkernels/backends/cuda.py writes the few lines that say what is built: a Config, and a kernel that calls rows<Config>.
 // divergence.h, row.h and philox.h have the formulas, which the CPU library compiles, too.
@@ -93,8 +96,6 @@ enum { kRowLoss, kRowSoft, kRowHard, kRowEntropyZ, kRowEntropyV, kRowAgrees, kRo
 struct Defaults {
   static constexpr int kType = kBFloat16;        // of both sides and the gradient
   static constexpr int kCluster = 1;             // blocks of a cluster
-  static constexpr int kVectors = 4;             // of 16 bytes, that a thread has of each side
-  static constexpr int kStages = 2;              // rows in shared memory: 2, or 1 where two don't fit
   static constexpr bool kShifted = false;        // whether sides and gradient may lie differently within 16 bytes
   static constexpr int kMode = kGradient;
   static constexpr int kHard = kNoHard;
@@ -107,6 +108,20 @@ struct Defaults {
 
 KD_FN float from_bfloat(unsigned bits) { return as_float(bits << 16); }
 
+// Two 16-bit numbers of a register.
+template <int kType>
+KD_FN float low_half(unsigned w) {
+  return kType == kBFloat16 ? from_bfloat(w) : from_half((unsigned short)w);
+}
+template <int kType>
+KD_FN float high_half(unsigned w) {
+  return kType == kBFloat16 ? as_float(w & 0xFFFF0000u) : from_half((unsigned short)(w >> 16));
+}
+template <int kType>
+KD_FN unsigned larger_pair(unsigned a, unsigned b) {
+  return kType == kBFloat16 ? larger_bfloats(a, b) : larger_halves(a, b);
+}
+
 // A vector as numbers, and back.
 template <int kType>
 KD_FN void unpack(Quad q, float* x) {
@@ -114,12 +129,9 @@ KD_FN void unpack(Quad q, float* x) {
   for (int i = 0; i < 4; ++i) {
     if constexpr (kType == kFloat) {
       x[i] = as_float(q.w[i]);
-    } else if constexpr (kType == kBFloat16) {
-      x[2 * i] = from_bfloat(q.w[i]);
-      x[2 * i + 1] = as_float(q.w[i] & 0xFFFF0000u);
     } else {
-      x[2 * i] = from_half((unsigned short)q.w[i]);
-      x[2 * i + 1] = from_half((unsigned short)(q.w[i] >> 16));
+      x[2 * i] = low_half<kType>(q.w[i]);
+      x[2 * i + 1] = high_half<kType>(q.w[i]);
     }
   }
 }
@@ -163,6 +175,19 @@ KD_FN double divisor(const long long* counted, const double* given, double numbe
   return items;
 }
 
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+// f of a flag that is compiled in, so that a loop has nothing of what is hardly ever needed.
+template <class F>
+KD_FN void either(bool flag, F f) {
+  if (flag)
+    f(Flag<true>{});
+  else
+    f(Flag<false>{});
+}
+
 // ---------------------------------------------------------------------------------------------- parts of a row
 
 // What a thread, a warp or all of a cluster have of a row after phase 1. Exponents are powers of two.
@@ -176,19 +201,23 @@ struct Mean {
   float sum, count;
 };
 
-KD_FN float sum_of_warp(float x) {
+// Of the first n threads of a warp, a power of two, for these; the others get something.
+KD_FN float sum_of_warp(float x, int n = 32) {
   KD_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) x += from_other(x, mask);
+  for (int mask = 16; mask > 0; mask /= 2)
+    if (mask < n) x += from_other(x, mask);
   return x;
 }
-KD_FN float largest_of_warp(float x) {
+KD_FN float largest_of_warp(float x, int n = 32) {
   KD_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, from_other(x, mask));
+  for (int mask = 16; mask > 0; mask /= 2)
+    if (mask < n) x = fmaxf(x, from_other(x, mask));
   return x;
 }
-KD_FN unsigned first_of_warp(unsigned x) {
+KD_FN unsigned first_of_warp(unsigned x, int n = 32) {
   KD_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) {
+    if (mask >= n) continue;
     unsigned y = from_other(x, mask);
     x = y < x ? y : x;
   }
@@ -203,7 +232,6 @@ struct Rows {
   using Reads = typename D::Reads;
 
   static constexpr int kType = C::kType, kSize = size_of(kType), kEach = 16 / kSize;  // classes of a vector
-  static constexpr int kVectors = C::kVectors, kClasses = kVectors * kEach;           // of a thread
   static constexpr bool kTeacher = kReadsTeacher<D>;
   static constexpr bool kPlain = D::kNormaliser != kSoftmax;  // a divergence of logits
   static constexpr bool kPair = kTeacher && !D::kCross && !kPlain;
@@ -212,9 +240,13 @@ struct Rows {
   static constexpr bool kHasHard = C::kHard != kNoHard && !D::kBinary;
   static constexpr bool kOwn = kHasHard && (C::kHard == kOwnHard || kPlain);
   static constexpr bool kTeacherSums = kTeacher && (!kPlain || C::kStats);
-  // Whether the logits are looked at again when the gradient is written.
-  static constexpr bool kSlopes = kWrites && (C::kZCapped || C::kZNoise == kMultiplicative);
-  static constexpr bool kRawAtEnd = kPlain || kOwn || kSlopes;
+  // Whether largest logits are found two at a time, as they are.
+  static constexpr bool kPacked = kSize == 2 && !C::kZCapped && !C::kVCapped && C::kZNoise == kNoNoise &&
+                                  C::kVNoise == kNoNoise && !C::kStats && !D::kTarget;
+  static constexpr int kOfG = kEach * (int)sizeof(float) / (int)sizeof(Quad);  // quads that a vector's g takes
+  // Of these, how many don't fit where the teacher's vector was, which other threads may still read if rows are shifted.
+  static constexpr int kMore = !kPair || !kWrites ? 0 : C::kShifted ? kOfG : kOfG - 1;
+  static constexpr bool kReverse = kTeacher && !kPlain && D::kCross && !D::kTeacherWeighs;
   static constexpr int kBoxes = 3;  // quads of a message, at most
   static constexpr float kNever = -kInf;
 
@@ -224,32 +256,35 @@ struct Rows {
     const char *z, *v;
     char* out;
     float weight;
+    int first;           // class of the block's first vector, which begins before the row's first class if that is off 16 bytes
+    int whole, partial;  // the vectors from `whole` on lie in the row, up to `partial`
     bool counts, labelled;
   };
 
   const KdRows& a;
   const int thread, threads, lane, warp, warps, rank;
   Barrier* const barriers;
-  Quad* const boxes;
-  Quad* const sides;
-  const int slots;
+  Quad *const answer, *const warp_boxes, *const boxes;  // what all threads wait for; messages of warps, and of blocks
+  const unsigned z_slots, v_slots, more_slots;  // where in shared memory a side's vectors are, and what is kept of them
   int exchanges;  // so far
-  long long next;  // row
-  bool next_counts;
   D d;
   RowNoise z_noise, v_noise;
 
   KD_FN explicit Rows(const KdRows& a)
       : a(a), thread(thread_index()), threads(block_threads()), lane(thread & 31), warp(thread >> 5), warps(threads >> 5),
         rank(C::kCluster == 1 ? 0 : (int)(block_index() % C::kCluster)), barriers((Barrier*)shared_memory()),
-        boxes((Quad*)shared_memory() + 1), sides(boxes + 2 * kBoxes * C::kCluster * warps),
-        slots(threads * kVectors + (C::kShifted ? 2 : 0)), exchanges(0), next(0), next_counts(false) {
+        answer((Quad*)shared_memory() + 1), warp_boxes(answer + kBoxes), boxes(warp_boxes + kBoxes * warps),
+        z_slots(shared_begin() + 16u * (1 + kBoxes + kBoxes * warps + (C::kCluster == 1 ? 0 : 2 * kBoxes * C::kCluster))),
+        v_slots(z_slots + 16u * slots()), more_slots(v_slots + (kTeacher ? 16u * slots() : 0)), exchanges(0) {
     KD_UNROLL
     for (int i = 0; i < 4; ++i) ((float*)&d)[i] = a.params[i];
   }
 
+  // Vectors of a side in shared memory: of rows that lie differently within 16 bytes, one more at either end.
+  KD_FN int slots() const { return (int)a.part + (C::kShifted ? 2 : 0); }
+
   // Without a teacher there is no other temperature than 1.
-  KD_FN const KdFactor& of_z() const { return kTeacher ? a.z.by : a.one; }
+  KD_FN const KdFactor& z_factor() const { return kTeacher ? a.z.by : a.one; }
 
   // -------------------------------------------------------------------------------------------- rows
 
@@ -271,6 +306,9 @@ struct Rows {
     r.z = a.z.data + offset(a.z.stride, n);
     r.v = a.v.data + offset(a.v.stride, n);
     r.out = a.gradient + n * a.width * kSize;
+    r.first = rank * (int)a.part * kEach - off(owner(r));
+    r.whole = r.first < 0 ? 1 : 0;
+    r.partial = ((int)a.classes - r.first) >> (kEach == 4 ? 2 : 3);
     return r;
   }
 
@@ -278,16 +316,14 @@ struct Rows {
   static KD_FN int off(const char* row) { return (int)((unsigned long long)row & 15) / kSize; }
   KD_FN const char* owner(const Row& r) const { return kWrites ? r.out : r.z; }
 
-  // The k-th of this thread's vectors, counted in the block's part, and its first class.
-  KD_FN int local(int k) const { return k * threads + thread; }
-  KD_FN int first_class(const Row& r, int k) const {
-    return (rank * (int)a.part + local(k)) * kEach - off(owner(r));
-  }
+  // The first class of the i-th vector of this block's part. A thread's are thread, thread + threads, ...
+  KD_FN static int first_class(const Row& r, int i) { return r.first + i * kEach; }
+  KD_FN static bool is_whole(const Row& r, int i) { return i >= r.whole && i < r.partial; }
 
   // -------------------------------------------------------------------------------------------- reading
 
   // Copies one vector of a side, or what of it lies in the row.
-  KD_FN void fetch_vector(const char* row, int from, Quad* to) const {
+  KD_FN void fetch_vector(const char* row, int from, unsigned to) const {
     if (from >= 0 && from + kEach <= (int)a.classes) {
       copy_later(to, row + (long long)from * kSize);
     } else {
@@ -295,69 +331,62 @@ struct Rows {
       for (int j = 0; j < kEach; ++j) {
         bool inside = from + j >= 0 && from + j < (int)a.classes;
         const char* p = row + (long long)(from + j) * kSize;
+        void* there = shared_pointer(to + j * kSize);
         if constexpr (kSize == 4)
-          to->w[j] = inside ? *(const unsigned*)p : 0xFF800000u;
+          *(unsigned*)there = inside ? *(const unsigned*)p : 0xFF800000u;
         else
-          ((unsigned short*)to)[j] = inside ? *(const unsigned short*)p : kType == kBFloat16 ? 0xFF80 : 0xFC00;
+          *(unsigned short*)there = inside ? *(const unsigned short*)p : kType == kBFloat16 ? 0xFF80 : 0xFC00;
       }
     }
   }
-  // Copies what this block works on of row n to shared memory, if the row counts.
-  KD_FN bool fetch(long long n, int stage) const {
-    const Row r = row_at(n);
-    if (!r.counts) return false;
-    Quad* to = sides + stage * 2 * slots;
+  // Of rows that lie alike, the vector that this thread alone will read.
+  KD_FN void fetch_one(const Row& r, int i) const {
+    if (is_whole(r, i)) {
+      const long long at = (long long)first_class(r, i) * kSize;
+      copy_later(z_slots + 16u * i, r.z + at);
+      if constexpr (kTeacher) copy_later(v_slots + 16u * i, r.v + at);
+    } else {
+      fetch_vector(r.z, first_class(r, i), z_slots + 16u * i);
+      if constexpr (kTeacher) fetch_vector(r.v, first_class(r, i), v_slots + 16u * i);
+    }
+  }
+  // Copies the block's part of a row to shared memory.
+  KD_FN void fetch(const Row& r) const {
     if constexpr (C::kShifted) {
       // Each side in vectors of its own, of which one more at either end has classes of this part.
-      int first = rank * (int)a.part - 1;
-      for (int s = thread; s < (int)a.part + 2; s += threads) {
-        fetch_vector(r.z, (first + s) * kEach - off(r.z), to + s);
-        if (kTeacher) fetch_vector(r.v, (first + s) * kEach - off(r.v), to + slots + s);
+      const int first = rank * (int)a.part - 1;
+      for (int s = thread; s < slots(); s += threads) {
+        fetch_vector(r.z, (first + s) * kEach - off(r.z), z_slots + 16u * s);
+        if constexpr (kTeacher) fetch_vector(r.v, (first + s) * kEach - off(r.v), v_slots + 16u * s);
       }
     } else {
-      KD_UNROLL
-      for (int k = 0; k < kVectors; ++k) {
-        if (local(k) >= (int)a.part) continue;
-        fetch_vector(r.z, first_class(r, k), to + local(k));
-        if (kTeacher) fetch_vector(r.v, first_class(r, k), to + slots + local(k));
-      }
+      for (int i = thread; i < (int)a.part; i += threads) fetch_one(r, i);
     }
-    return true;
   }
 
-  // The raw logits of the k-th vector; -inf beyond the row.
-  KD_FN void raw(const Row& r, int stage, bool teacher, int k, float* x) const {
-    if (local(k) >= (int)a.part) {
-      KD_UNROLL
-      for (int j = 0; j < kEach; ++j) x[j] = kNever;
-      return;
-    }
-    const Quad* from = sides + (2 * stage + teacher) * slots;
+  // The raw logits of the i-th vector; -inf beyond the row.
+  template <bool kOfTeacher>
+  KD_FN void raw(const Row& r, int i, float* x) const {
+    const unsigned from = kOfTeacher ? v_slots : z_slots;
     if constexpr (C::kShifted) {
-      int at = (local(k) + 1) * kEach + off(teacher ? r.v : r.z) - off(owner(r));
+      const int at = (i + 1) * kEach + off(kOfTeacher ? r.v : r.z) - off(owner(r));
       KD_UNROLL
-      for (int j = 0; j < kEach; ++j) x[j] = read_one((const char*)from + (at + j) * kSize, kType);
+      for (int j = 0; j < kEach; ++j) x[j] = read_one((const char*)shared_pointer(from + (at + j) * kSize), kType);
     } else {
-      unpack<kType>(from[local(k)], x);
+      unpack<kType>(load_shared(from + 16u * i), x);
     }
   }
 
   // The same as terms use them: capped, with noise. With `factor`, what multiplicative noise has put on them.
   template <bool kOfTeacher>
-  KD_FN void logits(const Row& r, int stage, int k, float* x, float* factor = nullptr) const {
+  KD_FN void logits(const Row& r, int i, float* x, float* factor = nullptr) const {
     constexpr bool kCapped = kOfTeacher ? C::kVCapped : C::kZCapped;
     constexpr int kNoise = kOfTeacher ? C::kVNoise : C::kZNoise;
     const KdSide& side = kOfTeacher ? a.v : a.z;
-    raw(r, stage, kOfTeacher, k, x);
+    raw<kOfTeacher>(r, i, x);
     if constexpr (kCapped || kNoise != kNoNoise) {
-      // What a softcap makes of -inf is finite: classes of no row, and of other blocks, are left alone.
-      if (local(k) >= (int)a.part) {
-        KD_UNROLL
-        for (int j = 0; j < kEach && factor; ++j) factor[j] = 1;
-        return;
-      }
       const RowNoise& noise = kOfTeacher ? v_noise : z_noise;
-      int first = first_class(r, k);
+      const int first = first_class(r, i);
       const float cap = side.cap, slope = side.slope;
       float sample[kEach];
       if constexpr (kNoise != kNoNoise) samples<kOfTeacher>(noise, first, sample);
@@ -428,68 +457,74 @@ struct Rows {
 
   // -------------------------------------------------------------------------------------------- sums over the cluster
 
-  // Hands this warp's message to every warp of every block; read(i) then is the i-th of `warps * kCluster`.
-  template <int kQuads, class Read>
-  KD_FN void exchange(const Quad* message, Read read) {
-    const int count = C::kCluster * warps, side = exchanges & 1;
-    Quad* box = boxes + side * kBoxes * count;
-    if constexpr (C::kCluster == 1) {
+  // Leaves in all threads of the cluster what is made of the messages of all warps: of those of a block by its first warp,
+  // and of what that makes by the first warp of every block, which all make the same. merge(got, there, n) is called by all
+  // threads of a warp, the first n of them with a message, and leaves that of all in each.
+  template <int kQuads, class Merge>
+  KD_FN void exchange(Quad (&message)[kQuads], Merge merge) {
+    if (lane == 0) {
+      KD_UNROLL
+      for (int q = 0; q < kQuads; ++q) warp_boxes[q * warps + warp] = message[q];
+    }
+    block_barrier();
+    if (warp == 0) {
+      KD_UNROLL
+      for (int q = 0; q < kQuads; ++q) message[q] = warp_boxes[q * warps + (lane < warps ? lane : 0)];
+      merge(message, lane < warps, 32);
+      if constexpr (C::kCluster > 1) {
+        // What is sent next goes to the other side, and to this one only when everybody has read it.
+        const int side = exchanges & 1;
+        Quad* box = boxes + side * kBoxes * C::kCluster;
+        if (lane == 0) barrier_expect(barriers + side, kQuads * C::kCluster * (unsigned)sizeof(Quad));
+        if (lane < C::kCluster) {
+          KD_UNROLL
+          for (int q = 0; q < kQuads; ++q) send(box + q * C::kCluster + rank, message[q], barriers + side, (unsigned)lane);
+        }
+        barrier_wait(barriers + side, (unsigned)(exchanges >> 1) & 1);
+        KD_UNROLL
+        for (int q = 0; q < kQuads; ++q) message[q] = box[q * C::kCluster + (lane < C::kCluster ? lane : 0)];
+        merge(message, lane < C::kCluster, C::kCluster);
+      }
       if (lane == 0) {
         KD_UNROLL
-        for (int q = 0; q < kQuads; ++q) box[q * count + warp] = message[q];
+        for (int q = 0; q < kQuads; ++q) answer[q] = message[q];
       }
-      // One barrier is enough: what is written next lies on the other side.
-      block_barrier();
-    } else {
-      if (thread == 0) barrier_expect(barriers + side, kQuads * count * (unsigned)sizeof(Quad));
-      if (lane < C::kCluster) {
-        KD_UNROLL
-        for (int q = 0; q < kQuads; ++q)
-          send(box + q * count + rank * warps + warp, message[q], barriers + side, (unsigned)lane);
-      }
-      barrier_wait(barriers + side, (unsigned)(exchanges >> 1) & 1);
     }
-    for (int i = lane; i < count; i += 32) {
-      Quad got[kQuads];
-      KD_UNROLL
-      for (int q = 0; q < kQuads; ++q) got[q] = box[q * count + i];
-      read(got);
-    }
+    block_barrier();
+    KD_UNROLL
+    for (int q = 0; q < kQuads; ++q) message[q] = answer[q];
     ++exchanges;
   }
 
   // Sums of up to four numbers.
-  KD_FN void add_up(float (&x)[4], int n) {
-    Quad message{};
+  template <int kN>
+  KD_FN void add_up(float (&x)[4]) {
+    Quad message[1] = {};
     KD_UNROLL
-    for (int i = 0; i < 4; ++i)
-      if (i < n) message.w[i] = as_bits(sum_of_warp(x[i]));
-    float total[4] = {};
-    exchange<1>(&message, [&](const Quad(&got)[1]) {
+    for (int i = 0; i < kN; ++i) message[0].w[i] = as_bits(sum_of_warp(x[i]));
+    exchange<1>(message, [](Quad(&got)[1], bool there, int n) {
       KD_UNROLL
-      for (int i = 0; i < 4; ++i)
-        if (i < n) total[i] += as_float(got[0].w[i]);
+      for (int i = 0; i < kN; ++i) got[0].w[i] = as_bits(sum_of_warp(there ? as_float(got[0].w[i]) : 0, n));
     });
     KD_UNROLL
-    for (int i = 0; i < 4; ++i)
-      if (i < n) x[i] = sum_of_warp(total[i]);
+    for (int i = 0; i < kN; ++i) x[i] = as_float(message[0].w[i]);
   }
 
   // What the references of a part are of, given its largest logit: 0 where no exponent is finite.
   KD_FN float base_z(float top) const {
-    return top * of_z().k == kNever || (kOwn && top * a.one.k == kNever) ? 0 : top;
+    return top * z_factor().k == kNever || (kOwn && top * a.one.k == kNever) ? 0 : top;
   }
   KD_FN float base_v(float top) const { return top * a.v.by.k == kNever ? 0 : top; }
-  KD_FN bool large_z(float base) const { return is_large(base * of_z().k) || (kOwn && is_large(base * a.one.k)); }
+  KD_FN bool large_z(float base) const { return is_large(base * z_factor().k) || (kOwn && is_large(base * a.one.k)); }
   KD_FN bool large_v(float base) const { return is_large(base * a.v.by.k); }
   KD_FN static Reference reference(float base, float k, bool large) {
-    float hi = base * k;
+    float hi = product(base, k);
     return {hi, large && hi - hi == 0 ? fmaf(base, k, -hi) : 0.0f};
   }
   KD_FN void refer(RowState& row) const {
     const float z = base_z(row.top_z), v = base_v(row.top_v);
     const bool large = large_z(z);
-    row.z.ref = reference(z, of_z().k, large);
+    row.z.ref = reference(z, z_factor().k, large);
     row.one.ref = reference(z, a.one.k, large);
     row.v.ref = reference(v, a.v.by.k, large_v(v));
   }
@@ -521,58 +556,60 @@ struct Rows {
     p.xv += other.xv;
   }
   // The sum of a warp's parts, for each of its threads.
-  KD_FN void merge_warp(Part& p) const {
-    float top_z = largest_of_warp(p.row.top_z), top_v = kTeacherSums ? largest_of_warp(p.row.top_v) : kNever;
+  KD_FN void merge_warp(Part& p, int n = 32) const {
+    float top_z = largest_of_warp(p.row.top_z, n), top_v = kTeacherSums ? largest_of_warp(p.row.top_v, n) : kNever;
     if constexpr (C::kStats) {
-      p.best_z = first_of_warp(p.row.top_z == top_z ? p.best_z : ~0u);
-      p.best_v = first_of_warp(p.row.top_v == top_v ? p.best_v : ~0u);
+      p.best_z = first_of_warp(p.row.top_z == top_z ? p.best_z : ~0u, n);
+      p.best_v = first_of_warp(p.row.top_v == top_v ? p.best_v : ~0u, n);
     }
     raise(p, top_z, top_v);
-    p.row.z.sum = sum_of_warp(p.row.z.sum);
-    if constexpr (kTeacherSums) p.row.v.sum = sum_of_warp(p.row.v.sum);
-    if constexpr (kTeacherSums && Reads::kCross) p.row.cross = sum_of_warp(p.row.cross);
-    if constexpr (kOwn) p.row.one.sum = sum_of_warp(p.row.one.sum);
+    p.row.z.sum = sum_of_warp(p.row.z.sum, n);
+    if constexpr (kTeacherSums) p.row.v.sum = sum_of_warp(p.row.v.sum, n);
+    if constexpr (kTeacherSums && Reads::kCross) p.row.cross = sum_of_warp(p.row.cross, n);
+    if constexpr (kOwn) p.row.one.sum = sum_of_warp(p.row.one.sum, n);
     if constexpr (C::kStats) {
-      p.xz = sum_of_warp(p.xz);
-      p.xv = sum_of_warp(p.xv);
+      p.xz = sum_of_warp(p.xz, n);
+      p.xv = sum_of_warp(p.xv, n);
     }
   }
   // The same of a cluster.
   KD_FN void merge_all(Part& p) {
     constexpr int kQuads = C::kStats ? 3 : kOwn || (kTeacherSums && Reads::kCross) ? 2 : 1;
     merge_warp(p);
-    Quad message[3];
-    message[0] = {as_bits(p.row.top_z), as_bits(p.row.top_v), as_bits(p.row.z.sum), as_bits(p.row.v.sum)};
-    message[1] = {as_bits(p.row.cross), as_bits(p.row.one.sum), as_bits(p.xz), as_bits(p.xv)};
-    message[2] = {p.best_z, p.best_v, 0, 0};
-    Part total{};
-    total.row.top_z = total.row.top_v = kNever;
-    total.best_z = total.best_v = ~0u;
-    refer(total.row);
-    exchange<kQuads>(message, [&](const Quad(&got)[kQuads]) {
-      Part part{};
-      part.row.top_z = as_float(got[0].w[0]);
-      part.row.top_v = as_float(got[0].w[1]);
-      part.row.z.sum = as_float(got[0].w[2]);
-      part.row.v.sum = as_float(got[0].w[3]);
-      if constexpr (kQuads > 1) {
-        part.row.cross = as_float(got[1].w[0]);
-        part.row.one.sum = as_float(got[1].w[1]);
-        part.xz = as_float(got[1].w[2]);
-        part.xv = as_float(got[1].w[3]);
-      }
-      refer(part.row);
-      float top_z = fmaxf(part.row.top_z, total.row.top_z), top_v = fmaxf(part.row.top_v, total.row.top_v);
-      if constexpr (kQuads > 2) {
-        total.best_z = better(total.best_z, total.row.top_z, got[2].w[0], part.row.top_z);
-        total.best_v = better(total.best_v, total.row.top_v, got[2].w[1], part.row.top_v);
-      }
-      raise(total, top_z, top_v);
-      raise(part, top_z, top_v);
-      add(total, part);
+    Quad message[kQuads];
+    write_message(message, p);
+    exchange<kQuads>(message, [&](Quad(&got)[kQuads], bool there, int n) {
+      Part part = read_message(got, there);
+      merge_warp(part, n);
+      write_message(got, part);
     });
-    merge_warp(total);
-    p = total;
+    p = read_message(message, true);
+  }
+  template <int kQuads>
+  static KD_FN void write_message(Quad (&to)[kQuads], const Part& p) {
+    to[0] = {as_bits(p.row.top_z), as_bits(p.row.top_v), as_bits(p.row.z.sum), as_bits(p.row.v.sum)};
+    if constexpr (kQuads > 1) to[1] = {as_bits(p.row.cross), as_bits(p.row.one.sum), as_bits(p.xz), as_bits(p.xv)};
+    if constexpr (kQuads > 2) to[2] = {p.best_z, p.best_v, 0, 0};
+  }
+  template <int kQuads>
+  KD_FN Part read_message(const Quad (&from)[kQuads], bool there) const {
+    Part p{};
+    p.row.top_z = there ? as_float(from[0].w[0]) : kNever;
+    p.row.top_v = there ? as_float(from[0].w[1]) : kNever;
+    p.row.z.sum = there ? as_float(from[0].w[2]) : 0;
+    p.row.v.sum = there ? as_float(from[0].w[3]) : 0;
+    if constexpr (kQuads > 1) {
+      p.row.cross = there ? as_float(from[1].w[0]) : 0;
+      p.row.one.sum = there ? as_float(from[1].w[1]) : 0;
+      p.xz = there ? as_float(from[1].w[2]) : 0;
+      p.xv = there ? as_float(from[1].w[3]) : 0;
+    }
+    if constexpr (kQuads > 2) {
+      p.best_z = there ? from[2].w[0] : ~0u;
+      p.best_v = there ? from[2].w[1] : ~0u;
+    }
+    refer(p.row);
+    return p;
   }
   static KD_FN unsigned better(unsigned first, float top, unsigned second, float other) {
     return other > top ? second : other == top && second < first ? second : first;
@@ -580,77 +617,81 @@ struct Rows {
 
   // -------------------------------------------------------------------------------------------- phase 1
 
-  // What phase 1 leaves of a thread's classes, relative to the references of the thread's own part: the student's
-  // exponentials and the teacher's, or, where the student weighs, the terms of the cross sum.
-  struct Kept {
-    float z[kClasses], other[kClasses];
-    Reference z_ref, v_ref;
-  };
-
-  KD_FN static void relate(float* x, float top) {
-    KD_UNROLL
-    for (int i = 0; i < kClasses; ++i) x[i] -= top;
-  }
-
-  KD_FN void normalise(const Row& r, int stage, int excluded, Kept& kept, Part& p) {
-    p = Part{};
-    float top_z = kNever, top_v = kNever;
-    KD_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
-      float *z = kept.z + k * kEach, *v = kept.other + k * kEach;
-      logits<false>(r, stage, k, z);
-      if constexpr (kTeacherSums) logits<true>(r, stage, k, v);
-      KD_UNROLL
-      for (int j = 0; j < kEach; ++j) {
-        if constexpr (D::kTarget) {
-          if (first_class(r, k) + j == excluded) {
-            z[j] = kNever;
-            v[j] = kNever;
+  // The largest logits of this thread's classes.
+  KD_FN void find_tops(const Row& r, int excluded, Part& p) const {
+    p.row.top_z = p.row.top_v = kNever;
+    if constexpr (kPacked && !C::kShifted) {
+      constexpr unsigned kLowest = kType == kBFloat16 ? 0xFF80FF80u : 0xFC00FC00u;
+      unsigned z = kLowest, v = kLowest;
+      for (int i = thread; i < (int)a.part; i += threads) {
+        const Quad of_z = load_shared(z_slots + 16u * i), of_v = kTeacherSums ? load_shared(v_slots + 16u * i) : of_z;
+        KD_UNROLL
+        for (int w = 0; w < 4; ++w) {
+          z = larger_pair<kType>(z, of_z.w[w]);
+          if constexpr (kTeacherSums) v = larger_pair<kType>(v, of_v.w[w]);
+        }
+      }
+      p.row.top_z = fmaxf(low_half<kType>(z), high_half<kType>(z));
+      if constexpr (kTeacherSums) p.row.top_v = fmaxf(low_half<kType>(v), high_half<kType>(v));
+    } else {
+      for (int i = thread; i < (int)a.part; i += threads) {
+        float z[kEach], v[kEach];
+        of_phase_1(r, i, excluded, z, v);
+        KD_UNROLL
+        for (int j = 0; j < kEach; ++j) {
+          if constexpr (C::kStats) {
+            if (z[j] > p.row.top_z) p.best_z = (unsigned)(first_class(r, i) + j);
+            if (v[j] > p.row.top_v) p.best_v = (unsigned)(first_class(r, i) + j);
           }
+          p.row.top_z = fmaxf(p.row.top_z, z[j]);
+          if constexpr (kTeacherSums) p.row.top_v = fmaxf(p.row.top_v, v[j]);
         }
-        if constexpr (C::kStats) {
-          if (z[j] > top_z) p.best_z = (unsigned)(first_class(r, k) + j);
-          if (v[j] > top_v) p.best_v = (unsigned)(first_class(r, k) + j);
-        }
-        top_z = fmaxf(top_z, z[j]);
-        if constexpr (kTeacherSums) top_v = fmaxf(top_v, v[j]);
       }
     }
-    p.row.top_z = top_z;
-    p.row.top_v = top_v;
+  }
+  KD_FN void of_phase_1(const Row& r, int i, int excluded, float* z, float* v) const {
+    logits<false>(r, i, z);
+    if constexpr (kTeacherSums) logits<true>(r, i, v);
+    if constexpr (D::kTarget) {
+      const int at = excluded - first_class(r, i);
+      KD_UNROLL
+      for (int j = 0; j < kEach; ++j) {
+        z[j] = j == at ? kNever : z[j];
+        v[j] = j == at ? kNever : v[j];
+      }
+    }
+  }
+
+  KD_FN void normalise(const Row& r, int excluded, Part& p) const {
+    p = Part{};
+    find_tops(r, excluded, p);
     refer(p.row);
-    float minus_z = p.row.z.ref.hi, minus_1 = p.row.one.ref.hi, minus_v = p.row.v.ref.hi;
-    if (large_z(base_z(top_z))) {
-      relate(kept.z, base_z(top_z));
-      minus_z = minus_1 = 0;
-    }
-    if (kTeacherSums && large_v(base_v(top_v))) {
-      relate(kept.other, base_v(top_v));
-      minus_v = 0;
-    }
-    KD_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
+    const Powers of_z = powers(p.row.z.ref, base_z(p.row.top_z), large_z(base_z(p.row.top_z)), z_factor().k);
+    const Powers of_1 = powers(p.row.one.ref, of_z.base, of_z.large, a.one.k);
+    const Powers of_v = powers(p.row.v.ref, base_v(p.row.top_v), large_v(base_v(p.row.top_v)), a.v.by.k);
+    either(of_z.large || of_v.large, [&](auto large) {
+    for (int i = thread; i < (int)a.part; i += threads) {
+      float z[kEach], v[kEach];
+      of_phase_1(r, i, excluded, z, v);
+      of_z.prepare(z, kEach, large);
+      if constexpr (kTeacherSums) of_v.prepare(v, kEach, large);
       // A vector's sums first: shorter chains of additions, and smaller errors.
       float sz = 0, sv = 0, cross = 0, s1 = 0, xz = 0, xv = 0;
       KD_UNROLL
-      for (int j = k * kEach; j < (k + 1) * kEach; ++j) {
-        float x = kept.z[j], y = fmaf(x, of_z().k, -minus_z), ey = exp2_fast(y);
+      for (int j = 0; j < kEach; ++j) {
+        const float y = of_z.exponent(z[j]), ey = exp2_fast(y);
         sz += ey;
-        kept.z[j] = ey;
-        if constexpr (kOwn) s1 += exp2_fast(fmaf(x, a.one.k, -minus_1));
+        if constexpr (kOwn) s1 += exp2_fast(of_1.exponent(z[j]));
         if constexpr (kTeacherSums) {
-          float u = fmaf(kept.other[j], a.v.by.k, -minus_v), eu = exp2_fast(u);
+          const float u = of_v.exponent(v[j]), eu = exp2_fast(u);
           sv += eu;
-          kept.other[j] = eu;
           if constexpr (Reads::kCross) {
-            float own = Reads::kTeacherWeighs ? u : y, there = Reads::kTeacherWeighs ? y : u;
-            float weighs = Reads::kTeacherWeighs ? eu : ey;
-            float term = Reads::kA == 0 ? Reads::kB * there : Reads::kA * own + Reads::kB * there;
+            const float own = Reads::kTeacherWeighs ? u : y, there = Reads::kTeacherWeighs ? y : u;
+            const float weighs = Reads::kTeacherWeighs ? eu : ey;
+            const float term = Reads::kA == 0 ? Reads::kB * there : Reads::kA * own + Reads::kB * there;
             // A class that the weighing side can't produce contributes nothing, also where a or b is infinite. A NaN is
             // in the sums already.
-            term = weighs > 0 ? weighs * term : 0;
-            cross += term;
-            if constexpr (!Reads::kTeacherWeighs) kept.other[j] = term;
+            if (weighs > 0) cross = fmaf(weighs, term, cross);
           }
           if constexpr (C::kStats) xv += eu > 0 ? eu * u : 0;
         }
@@ -663,61 +704,99 @@ struct Rows {
       p.xz += xz;
       p.xv += xv;
     }
-    kept.z_ref = p.row.z.ref;
-    kept.v_ref = p.row.v.ref;
+    });
   }
+
+  // Exponents of two of a side: k x - minus, of logits relative to `base` where they are large.
+  struct Powers {
+    float k, base, minus;
+    bool large;
+    template <class Large>
+    KD_FN void prepare(float* x, int n, Large) const {
+      if constexpr (Large::value) {
+        if (!large) return;
+        KD_UNROLL
+        for (int i = 0; i < n; ++i) x[i] -= base;
+      }
+    }
+    KD_FN float exponent(float x) const { return fmaf(x, k, -minus); }
+  };
+  static KD_FN Powers powers(Reference ref, float base, bool large, float k) { return {k, base, large ? 0 : ref.hi, large}; }
 
   // -------------------------------------------------------------------------------------------- phase 2
 
-  // Natural logs of a side from its logits: c x - minus - lse, of logits relative to `top` where they are large.
+  // Logs of a side from its logits, natural or in powers of two: c x - lse, of logits relative to `base` where they are
+  // large; where they aren't, lse is rounded as their products with c are.
   struct Logs {
-    float c, top, minus, lse;
+    float c, base, lse;
     bool large;
-    KD_FN void prepare(float* x, int n) const {
-      if (!large) return;
-      KD_UNROLL
-      for (int i = 0; i < n; ++i) x[i] -= top;
+    template <class Large>
+    KD_FN void prepare(float* x, int n, Large) const {
+      if constexpr (Large::value) {
+        if (!large) return;
+        KD_UNROLL
+        for (int i = 0; i < n; ++i) x[i] -= base;
+      }
     }
-    KD_FN float operator()(float x) const { return fmaf(x, c, -minus) - lse; }
+    KD_FN float operator()(float x) const { return fmaf(x, c, -lse); }
   };
-  KD_FN static Logs logs_of(const Side& side, float top, KdFactor by, bool large) {
+  KD_FN static Logs logs_of(const Side& side, float base, KdFactor by, bool large) {
     const auto [c, k] = by;
     // The sum is relative to a power of two, which the logs' own reference misses by the difference of two roundings.
-    float minus = large ? 0 : top * c, missing = large ? 0 : fmaf(top, c, -minus) - fmaf(top, k, -side.ref.hi) * kLn2;
-    return {c, top, minus, kd_log(side.sum) + missing, large};
+    float minus = large ? 0 : product(base, c), missing = large ? 0 : fmaf(base, c, -minus) - fmaf(base, k, -side.ref.hi) * kLn2;
+    return {c, base, minus + (kd_log(side.sum) + missing), large};
+  }
+  KD_FN static Logs bits_of(const Side& side, float base, float k, bool large) {
+    return {k, base, (large ? 0 : side.ref.hi) + kd_log(side.sum) * kLog2e, large};
+  }
+  KD_FN Logs z_logs_of(const RowState& row) const {
+    const float base = base_z(row.top_z);
+    return logs_of(row.z, base, z_factor(), large_z(base));
+  }
+  KD_FN Logs v_logs_of(const RowState& row) const {
+    const float base = base_v(row.top_v);
+    return logs_of(row.v, base, a.v.by, large_v(base));
   }
 
-  // Sums phi and g, and keeps g where the teacher's exponentials were.
-  KD_FN void sum_pairs(const Row& r, int stage, const RowState& row, Kept& kept, float& phi_sum, float& g_sum) const {
-    const float to_q = to_probability(row.z, kept.z_ref), to_p = to_probability(row.v, kept.v_ref);
-    const Logs z_logs = logs_of(row.z, base_z(row.top_z), of_z(), large_z(base_z(row.top_z)));
-    const Logs v_logs = logs_of(row.v, base_v(row.top_v), a.v.by, large_v(base_v(row.top_v)));
+  // Where g of the i-th vector is kept: in the place of the teacher's logits, as far as it fits.
+  KD_FN unsigned of_g(int i, int part) const {
+    if constexpr (!C::kShifted)
+      if (part == 0) return v_slots + 16u * i;
+    return more_slots + 16u * ((part - (C::kShifted ? 0 : 1)) * (int)a.part + i);
+  }
+
+  // Sums phi and g, and keeps g.
+  KD_FN void sum_pairs(const Row& r, const RowState& row, float& phi_sum, float& g_sum) const {
+    // Of a divergence of probabilities alone powers of two are all that is needed.
+    constexpr bool kBits = D::kInUnits || !D::kLogs;
+    const float z_base = base_z(row.top_z), v_base = base_v(row.top_v);
+    const Logs z_logs = kBits ? bits_of(row.z, z_base, z_factor().k, large_z(z_base)) : z_logs_of(row);
+    const Logs v_logs = kBits ? bits_of(row.v, v_base, a.v.by.k, large_v(v_base)) : v_logs_of(row);
     phi_sum = g_sum = 0;
-    KD_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
+    either(z_logs.large || v_logs.large, [&](auto large) {
+    for (int i = thread; i < (int)a.part; i += threads) {
       float z[kEach], v[kEach], phis = 0, gs = 0;
-      if constexpr (D::kLogs) {
-        logits<false>(r, stage, k, z);
-        logits<true>(r, stage, k, v);
-        z_logs.prepare(z, kEach);
-        v_logs.prepare(v, kEach);
-      }
+      logits<false>(r, i, z);
+      logits<true>(r, i, v);
+      z_logs.prepare(z, kEach, large);
+      v_logs.prepare(v, kEach, large);
       KD_UNROLL
       for (int j = 0; j < kEach; ++j) {
-        float lq = 0, lp = 0;
-        if constexpr (D::kLogs) {
-          lq = z_logs(z[j]);
-          lp = v_logs(v[j]);
-        }
-        float &ez = kept.z[k * kEach + j], &ev_then_g = kept.other[k * kEach + j];
-        Terms<float> t = terms_of(d, lq, lp, ez * to_q, ev_then_g * to_p);
+        const float lq = z_logs(z[j]), lp = v_logs(v[j]);
+        const Terms<float> t = kBits ? terms_of(d, lq, lp, exp2_fast(lq), exp2_fast(lp))
+                                     : terms_of(d, lq, lp, kd_exp(lq), kd_exp(lp));
         phis += t.phi;
         gs += t.g;
-        ev_then_g = t.g;
+        v[j] = t.g;
       }
       phi_sum += phis;
       g_sum += gs;
+      if constexpr (kWrites) {
+        KD_UNROLL
+        for (int part = 0; part < kOfG; ++part) store_shared(of_g(i, part), pack<kFloat>(v + 4 * part));
+      }
     }
+    });
   }
 
   // -------------------------------------------------------------------------------------------- phase 3
@@ -730,15 +809,14 @@ struct Rows {
     Target t;
     t.z = logit_at<false>(r, r.label);
     t.v = logit_at<true>(r, r.label);
-    Terms<float> margins = binary_kl(margin(others.z, base_z(others.top_z), t.z, of_z(), large_z(base_z(others.top_z))),
-                                     margin(others.v, base_v(others.top_v), t.v, a.v.by, large_v(base_v(others.top_v))));
-    t.phi = margins.phi;
-    t.g = margins.g;
+    // Once a row, and so in double, whose functions are no approximations.
+    Terms<double> margins = binary_kl((double)margin(others.z, z_logs_of(others), t.z), (double)margin(others.v, v_logs_of(others), t.v));
+    t.phi = (float)margins.phi;
+    t.g = (float)margins.g;
     return t;
   }
-  KD_FN static float margin(const Side& others, float top, float x, KdFactor by, bool large) {
-    const Logs logs = logs_of(others, top, by, large);
-    logs.prepare(&x, 1);
+  KD_FN static float margin(const Side& others, const Logs& logs, float x) {
+    logs.prepare(&x, 1, Flag<true>{});
     return others.sum == 0 ? x + kInf : logs(x);  // of nobody against nobody NaN
   }
   static KD_FN Reference lone(float x, float k) { return reference(x, k, is_large(x * k)); }
@@ -762,19 +840,17 @@ struct Rows {
     add(p, one);
   }
 
-  // Multiplies by the derivative of the logits with respect to the raw ones, rounds and writes the k-th vector.
-  KD_FN void write(const Row& r, int stage, int k, float* dz) const {
-    if (local(k) >= (int)a.part) return;
-    const int first = first_class(r, k);
+  // Multiplies by the derivative of the logits with respect to the raw ones, rounds and writes the i-th vector.
+  KD_FN void write(const Row& r, int i, float* dz) const {
     if constexpr (C::kZNoise == kMultiplicative) {
       float x[kEach], factor[kEach];
-      logits<false>(r, stage, k, x, factor);
+      logits<false>(r, i, x, factor);
       KD_UNROLL
       for (int j = 0; j < kEach; ++j) dz[j] *= factor[j];
     }
     if constexpr (C::kZCapped) {  // d (c tanh(s z / c)) / d z, without a subtraction
       float x[kEach];
-      raw(r, stage, false, k, x);
+      raw<false>(r, i, x);
       float slope = a.z.slope, scale = (float)a.z_scale;
       KD_UNROLL
       for (int j = 0; j < kEach; ++j) {
@@ -782,99 +858,115 @@ struct Rows {
         dz[j] *= scale * 4 * e / ((1 + e) * (1 + e));
       }
     }
-    if (first + kEach > (int)a.classes) {  // beyond both softmaxes
-      KD_UNROLL
-      for (int j = 0; j < kEach; ++j) dz[j] = first + j < (int)a.classes ? dz[j] : 0;
-    }
-    store(r, first, dz);
+    store(r, i, dz);
   }
-  KD_FN void store(const Row& r, int first, const float* x) const {
-    if (first >= 0 && first + kEach <= (int)a.width) {
+  // What lies beyond both softmaxes gets 0.
+  KD_FN void store(const Row& r, int i, const float* x) const {
+    const int first = first_class(r, i);
+    if (is_whole(r, i)) {
       store_past_cache(r.out + (long long)first * kSize, pack<kType>(x));
     } else {
       KD_UNROLL
-      for (int j = 0; j < kEach; ++j)
-        if (first + j >= 0 && first + j < (int)a.width) write_one(r.out + (long long)(first + j) * kSize, kType, x[j]);
+      for (int j = 0; j < kEach; ++j) {
+        const int c = first + j;
+        if (c >= 0 && c < (int)a.width) write_one(r.out + (long long)c * kSize, kType, c < (int)a.classes ? x[j] : 0);
+      }
     }
   }
   KD_FN void write_nothing(const Row& r) const {
-    float nothing[kEach] = {};
-    for (int k = 0; k < kVectors; ++k)
-      if (local(k) < (int)a.part) store(r, first_class(r, k), nothing);
+    const float nothing[kEach] = {};
+    for (int i = thread; i < (int)a.part; i += threads) store(r, i, nothing);
   }
 
-  // e^z at T = 1, relative to the row's reference there.
-  KD_FN float at_one(const RowState& row, float x) const {
+  // The gradient: q - p and the like, or g - q sum g, plus the hard term's softmax minus its one-hot. `all` is the softmax
+  // that a shared hard term has: the row's own, or where that leaves the target out, the one with it.
+  KD_FN void write_gradient(const Row& r, const Row& after, const RowState& row, const Side& all, const Target& target,
+                            float D_of_row, int label, float on_soft, float on_hard) const {
     const float base = base_z(row.top_z);
-    return exp2_fast(large_z(base) ? (x - base) * a.one.k : fmaf(x, a.one.k, -row.one.ref.hi));
-  }
-
-  // Every gradient is W (A ez + B other) + Z ez + C e1, minus the hard term's one-hot. `all` is the softmax that a shared
-  // hard term has: the row's own, or where that leaves the target out, the one with it.
-  KD_FN void write_gradient(const Row& r, int stage, const RowState& row, const Side& all, const Target& target, float D_of_row,
-                            const Kept& kept, int label, float on_soft, float on_hard) const {
-    float W = 0, A = 0, B = 0;
-    const float to_q = to_probability(row.z, kept.z_ref);
-    if constexpr (kTeacher) {
-      const float to_p = to_probability(row.v, kept.v_ref);
-      if constexpr (!D::kCross) {  // g - q sum g
-        W = on_soft;
-        A = -row.sum_g * to_q;
-        B = 1;
-      } else if constexpr (D::kTeacherWeighs) {  // q - p
-        float on_student = 1, on_teacher = 1;
-        if constexpr (D::kTarget) {
-          on_teacher = row.v.sum == 0 ? 0 : d.beta;
-          on_student = on_teacher - d.alpha * target.g;
-        }
-        // The larger factor in front: where p = q, both others are 1 and the difference is exactly 0. Where the others are
-        // impossible there is nothing to share.
-        float of_q = D::kTarget && (on_student == 0 || row.z.sum == 0) ? 0 : on_student * to_q;
-        float of_p = D::kTarget && on_teacher == 0 ? 0 : on_teacher * to_p;
-        float larger = fabsf(of_q) > fabsf(of_p) ? fabsf(of_q) : fabsf(of_p);
-        if (of_q != of_q || of_p != of_p) larger = of_q + of_p;  // what is NaN stays so
-        W = on_soft * larger;
-        A = larger == 0 ? 0 : of_q / larger;
-        B = larger == 0 ? 0 : -of_p / larger;
-      } else {  // q (l - D), l = log(q / p); the kept terms are ez (y - u), relative to the thread's references
-        float shift = (kd_apart(kept.z_ref, row.z.ref) - kd_apart(kept.v_ref, row.v.ref)) * kLn2;
-        W = on_soft * to_q;
-        A = shift - (kd_log(row.z.sum) - kd_log(row.v.sum)) - D_of_row;
-        B = kLn2;
+    const Powers of_z = powers(row.z.ref, base, large_z(base), z_factor().k);
+    const Powers of_1 = powers(row.one.ref, base, of_z.large, a.one.k);
+    const float over_v = base_v(row.top_v);
+    const Powers of_v = powers(row.v.ref, over_v, large_v(over_v), a.v.by.k);
+    const Logs z_logs = z_logs_of(row), v_logs = v_logs_of(row);
+    float W = on_soft, A = 1, B = 1;  // W (A ez + B ev), or W (g - A ez)
+    if constexpr (kPair) A = row.sum_g / row.z.sum;
+    if constexpr (kTeacher && D::kCross && D::kTeacherWeighs) {
+      float on_student = 1, on_teacher = 1;
+      if constexpr (D::kTarget) {
+        on_teacher = row.v.sum == 0 ? 0 : d.beta;
+        on_student = on_teacher - d.alpha * target.g;
       }
+      // The larger factor in front: where p = q, both others are 1 and the difference is exactly 0. Where the others are
+      // impossible there is nothing to share.
+      float of_q = D::kTarget && (on_student == 0 || row.z.sum == 0) ? 0 : on_student / row.z.sum;
+      float of_p = D::kTarget && on_teacher == 0 ? 0 : on_teacher / row.v.sum;
+      float larger = fabsf(of_q) > fabsf(of_p) ? fabsf(of_q) : fabsf(of_p);
+      if (of_q != of_q || of_p != of_p) larger = of_q + of_p;  // what is NaN stays so
+      W = on_soft * larger;
+      A = larger == 0 ? 0 : of_q / larger;
+      B = larger == 0 ? 0 : -of_p / larger;
     }
-    const float hard = on_hard, Z = C::kHard == kSharedHard ? hard * to_probability(all, kept.z_ref) : 0;
-    const float over_sum = hard / row.one.sum;
-    const bool soft = kTeacher && on_soft != 0;  // a term of weight 0 is absent, also where it is infinite
-    KD_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
-      float dz[kEach], x[kEach];
-      if constexpr (kOwn) logits<false>(r, stage, k, x);
+    const float Z = C::kHard == kSharedHard ? on_hard * to_probability(all, row.z.ref) : 0;
+    const float over_one = on_hard / row.one.sum;
+    // A term of weight 0 is absent, also where it is infinite. Without stats it is so for the weight of its row.
+    const bool soft = kTeacher && (!C::kStats || on_soft != 0);
+    if (on_soft == 0 && on_hard == 0) {
+      write_nothing(r);
+      if constexpr (!C::kShifted)
+        if (after.counts) fetch(after);
+      return;
+    }
+    either(of_z.large || (kTeacher && of_v.large), [&](auto large) {
+    for (int i = thread; i < (int)a.part; i += threads) {
+      float dz[kEach], z[kEach], v[kEach];
+      logits<false>(r, i, z);
+      if constexpr (kPair) {
+        KD_UNROLL
+        for (int part = 0; part < kOfG; ++part) unpack<kFloat>(load_shared(of_g(i, part)), v + 4 * part);
+      } else if constexpr (kTeacher) {
+        logits<true>(r, i, v);
+        of_v.prepare(v, kEach, large);
+      }
+      of_z.prepare(z, kEach, large);
       KD_UNROLL
       for (int j = 0; j < kEach; ++j) {
-        float ez = kept.z[k * kEach + j], other = kept.other[k * kEach + j];
-        dz[j] = soft ? W * (A * ez + B * other) : 0;
+        [[maybe_unused]] float ez = 0;
+        dz[j] = 0;
+        if constexpr (!kReverse || C::kHard == kSharedHard) ez = exp2_fast(of_z.exponent(z[j]));
+        if constexpr (kPair) {
+          dz[j] = W * (v[j] - A * ez);
+        } else if constexpr (kReverse) {  // q (l - D), l = log(q / p)
+          const float lq = z_logs(z[j]), lp = v_logs(v[j]), q = kd_exp(lq);
+          dz[j] = W * q * (q > 0 ? lq - lp - D_of_row : 0);
+        } else if constexpr (kTeacher) {
+          dz[j] = W * (A * ez + B * exp2_fast(of_v.exponent(v[j])));
+        }
+        if constexpr (!kTeacher || C::kStats)
+          if (!soft) dz[j] = 0;
         if constexpr (C::kHard == kSharedHard) dz[j] += Z * ez;
-        if constexpr (kOwn) dz[j] += hard == 0 ? 0 : over_sum * at_one(row, x[j]);
+        if constexpr (kOwn) dz[j] += on_hard == 0 ? 0 : over_one * exp2_fast(of_1.exponent(z[j]));
       }
-      if (kHasHard || D::kTarget) {
-        const int at = label - first_class(r, k);
+      if constexpr (kHasHard || D::kTarget) {
+        const int at = label - first_class(r, i);
         if (label >= 0 && at >= 0 && at < kEach) {
           KD_UNROLL
           for (int j = 0; j < kEach; ++j) {
             if (j != at) continue;
             if constexpr (D::kTarget) {
               float likely = 0;
-              if constexpr (C::kHard == kSharedHard) likely = to_probability(all, lone(target.z, of_z().k));
+              if constexpr (C::kHard == kSharedHard) likely = to_probability(all, lone(target.z, z_factor().k));
               if constexpr (kOwn) likely = to_probability(row.one, lone(target.z, a.one.k));
-              dz[j] = (soft ? on_soft * d.alpha * target.g : 0) + (kHasHard ? hard * likely : 0);
+              dz[j] = (soft ? on_soft * d.alpha * target.g : 0) + (kHasHard ? on_hard * likely : 0);
             }
-            if constexpr (kHasHard) dz[j] -= hard;
+            if constexpr (kHasHard) dz[j] -= on_hard;
           }
         }
       }
-      write(r, stage, k, dz);
+      write(r, i, dz);
+      if constexpr (!C::kShifted)
+        if (after.counts) fetch_one(after, i);
     }
+    });
   }
 
   // -------------------------------------------------------------------------------------------- divergences of logits
@@ -883,24 +975,29 @@ struct Rows {
     float phi, hard, entropy_z, entropy_v, agrees, correct;
   };
   // Loss and gradient of logits in one go. `mean` is what is taken off the student's over T.
-  KD_FN Sums plain(const Row& r, int stage, float mean, const RowState& row, int label, float on_soft, float on_hard) const {
+  KD_FN Sums plain(const Row& r, const Row& after, float mean, const RowState& row, int label, float on_soft,
+                   float on_hard) const {
     Sums total{};
-    const float hard = on_hard, over_sum = hard / row.one.sum;
-    KD_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
+    const float base = base_z(row.top_z), over_one = on_hard / row.one.sum;
+    const Powers of_1 = powers(row.one.ref, base, large_z(base), a.one.k);
+    for (int i = thread; i < (int)a.part; i += threads) {
       float z[kEach], v[kEach], dz[kEach];
-      const int first = first_class(r, k);
-      logits<false>(r, stage, k, z);
-      logits<true>(r, stage, k, v);
+      const int first = first_class(r, i);
+      logits<false>(r, i, z);
+      logits<true>(r, i, v);
       Sums part{};
       KD_UNROLL
       for (int j = 0; j < kEach; ++j) {
-        const bool inside = first + j >= 0 && first + j < (int)a.classes && local(k) < (int)a.part;
-        const float y = z[j] * of_z().c, u = v[j] * a.v.by.c;
+        const bool inside = first + j >= 0 && first + j < (int)a.classes;
+        const float y = z[j] * z_factor().c, u = v[j] * a.v.by.c;
         Terms<float> t = terms_of(d, y - mean, u, 0.0f, 0.0f);
         part.phi += inside ? t.phi : 0;
         dz[j] = on_soft == 0 ? 0 : on_soft * t.g;
-        if constexpr (kHasHard) dz[j] += hard == 0 ? 0 : over_sum * at_one(row, z[j]);
+        if constexpr (kHasHard) {
+          float x = z[j];
+          of_1.prepare(&x, 1, Flag<true>{});
+          dz[j] += on_hard == 0 ? 0 : over_one * exp2_fast(of_1.exponent(x));
+        }
         if constexpr (D::kBinary && C::kHard != kNoHard) {
           float y1 = 0;
           if (inside) y1 = read_one(a.targets + offset(a.target_stride, r.n) + (long long)(first + j) * a.target_stride[3], (int)a.target_type);
@@ -909,7 +1006,7 @@ struct Rows {
           if (!(y1 >= 0 && y1 <= 1)) y1 = kNaN;
           Terms<float> h = binary_cross_entropy(z[j] * a.one.c, y1);
           part.hard += inside ? h.phi : 0;
-          dz[j] += hard * h.g;
+          dz[j] += on_hard * h.g;
           if constexpr (C::kStats) part.correct += inside && right ? 1 : 0;
         }
         if constexpr (D::kBinary && C::kStats) {
@@ -929,30 +1026,31 @@ struct Rows {
           const int at = label - first;
           KD_UNROLL
           for (int j = 0; j < kEach; ++j)
-            if (label >= 0 && j == at) dz[j] -= hard;
+            if (label >= 0 && j == at) dz[j] -= on_hard;
         }
-        write(r, stage, k, dz);
+        write(r, i, dz);
       }
+      if constexpr (!C::kShifted && kWrites)
+        if (after.counts) fetch_one(after, i);
     }
     return total;
   }
   // What is taken off so that differences sum to 0 where both sides are finite.
-  KD_FN float mean_difference(const Row& r, int stage) {
+  KD_FN float mean_difference(const Row& r) {
     float sums[4] = {};
-    KD_UNROLL
-    for (int k = 0; k < kVectors; ++k) {
+    for (int i = thread; i < (int)a.part; i += threads) {
       float z[kEach], v[kEach];
-      logits<false>(r, stage, k, z);
-      logits<true>(r, stage, k, v);
+      logits<false>(r, i, z);
+      logits<true>(r, i, v);
       KD_UNROLL
       for (int j = 0; j < kEach; ++j) {
-        float difference = z[j] * of_z().c - v[j] * a.v.by.c;
+        float difference = z[j] * z_factor().c - v[j] * a.v.by.c;
         bool finite = difference - difference == 0;
         sums[0] += finite ? difference : 0;
         sums[1] += finite ? 1 : 0;
       }
     }
-    add_up(sums, 2);
+    add_up<2>(sums);
     return sums[1] == 0 ? 0 : sums[0] / sums[1];
   }
 
@@ -972,30 +1070,28 @@ struct Rows {
     }
   }
 
-  // A row that counts. Where there is one stage, the next row is fetched as soon as this one's logits aren't needed any more.
-  KD_FN void work(const Row& r, int stage) {
+  // A row that counts, and the one after it, which takes its place.
+  KD_FN void work(const Row& r, const Row& after) {
     // A label out of range makes its row NaN: looking at it on the host would wait for the device.
     const bool valid = r.labelled && r.label >= 0 && r.label < a.classes;
     const float poison = (kHasHard || D::kTarget) && r.labelled && !valid ? kNaN : 0;
     const int label = valid ? (int)r.label : -1;
     float on_soft = 0, on_hard = 0;
     if constexpr (kWrites) {
-      double factor = (double)r.weight / divisor(a.counted, a.given, a.number);
-      if constexpr (C::kMode == kScaledGradient) factor *= (double)a.upstream[r.n * a.upstream_stride];
-      on_soft = (float)(factor * a.soft_gain);
-      on_hard = D::kBinary || r.labelled ? (float)(factor * a.hard_gain) + poison : 0;
+      float factor = r.weight / (float)divisor(a.counted, a.given, a.number);
+      if constexpr (C::kMode == kScaledGradient) factor *= a.upstream[r.n * a.upstream_stride];
+      on_soft = factor * (float)a.soft_gain;
+      on_hard = D::kBinary || r.labelled ? factor * (float)a.hard_gain + poison : 0;
     }
     if constexpr (C::kZNoise != kNoNoise) z_noise = row_noise<false>(r.n);
     if constexpr (C::kVNoise != kNoNoise && kTeacher) v_noise = row_noise<true>(r.n);
 
-    Kept kept;
     Part part{};
     float described[5] = {};
     float soft = 0, hard = 0;
     constexpr bool kNorms = !kPlain || kHasHard || (C::kStats && !D::kBinary);
     if constexpr (kNorms) {
-      normalise(r, stage, label, kept, part);
-      if constexpr (C::kStages == 1 && !kRawAtEnd && !(kPair && D::kLogs)) again();
+      normalise(r, label, part);
       merge_all(part);
     }
     RowState& row = part.row;
@@ -1005,17 +1101,16 @@ struct Rows {
 
     if constexpr (kPlain) {
       if constexpr (C::kStats && !D::kBinary) describe(part, label, described);
-      float mean = D::kNormaliser == kCentered ? mean_difference(r, stage) : 0;
-      Sums sums = plain(r, stage, mean, row, label, on_soft, on_hard);
-      if constexpr (C::kStages == 1) again();
+      float mean = D::kNormaliser == kCentered ? mean_difference(r) : 0;
+      Sums sums = plain(r, after, mean, row, label, on_soft, on_hard);
       if constexpr (kTells) {
         float totals[4] = {sums.phi, sums.hard, sums.entropy_z, sums.entropy_v};
-        add_up(totals, D::kBinary ? 4 : 1);
+        add_up<(D::kBinary ? 4 : 1)>(totals);
         soft = totals[0];
         hard = totals[1];
         if constexpr (D::kBinary && C::kStats) {
           float counts[4] = {sums.agrees, sums.correct, 0, 0};
-          add_up(counts, 2);
+          add_up<2>(counts);
           described[0] = totals[2];
           described[1] = totals[3];
           described[2] = counts[0] / (float)a.classes;
@@ -1032,16 +1127,15 @@ struct Rows {
       if constexpr (D::kTarget) {
         if (label >= 0) {
           target = target_of(r, row);
-          include(all, target.z, of_z().k);
+          include(all, target.z, z_factor().k);
           if constexpr (kOwn) include(row.one, target.z, a.one.k);
         }
       }
       if constexpr (!kOwn) row.one = all;
       if constexpr (kPair) {
         float sums[4] = {};
-        sum_pairs(r, stage, row, kept, sums[0], sums[1]);
-        if constexpr (C::kStages == 1 && !kRawAtEnd && D::kLogs) again();
-        add_up(sums, 2);
+        sum_pairs(r, row, sums[0], sums[1]);
+        add_up<2>(sums);
         soft = sums[0];
         row.sum_g = sums[1];
       } else if constexpr (kTeacher) {
@@ -1059,10 +1153,9 @@ struct Rows {
         describe(whole, label, described);
       }
       if constexpr (kHasHard)
-        if (label >= 0) hard = kd_log(row.one.sum) - exponent(at_label, (kOwn ? a.one : of_z()).k, row.one.ref);
+        if (label >= 0) hard = kd_log(row.one.sum) - exponent(at_label, (kOwn ? a.one : z_factor()).k, row.one.ref);
       if constexpr (kWrites)
-        write_gradient(r, stage, row, all, target, D_of_row, kept, label, on_soft, on_hard);
-      if constexpr (C::kStages == 1 && kRawAtEnd) again();
+        write_gradient(r, after, row, all, target, D_of_row, label, on_soft, on_hard);
     }
     if constexpr (kHasHard) hard = r.labelled ? hard + poison : 0;
     tell(r, soft, hard, described);
@@ -1070,12 +1163,8 @@ struct Rows {
 
   // The natural exponent of a logit relative to a reference.
   KD_FN static float exponent(float x, float k, Reference ref) {
-    return ref.lo == 0 ? fmaf(x, k, -ref.hi) * kLn2 : ((x * k - ref.hi) + (fmaf(x, k, -(x * k)) - ref.lo)) * kLn2;
-  }
-
-  KD_FN void again() {
-    if constexpr (C::kShifted) block_barrier();
-    next_counts = fetch(next, 0);
+    const float xk = product(x, k);
+    return ref.lo == 0 ? fmaf(x, k, -ref.hi) * kLn2 : ((xk - ref.hi) + (fmaf(x, k, -xk) - ref.lo)) * kLn2;
   }
 
   KD_FN void describe(const Part& p, int label, float* to) const {
@@ -1095,24 +1184,26 @@ struct Rows {
       cluster_barrier();
     }
     const long long step = block_count() / C::kCluster;
-    int stage = 0;
-    bool counts = fetch(block_index() / C::kCluster, stage);
-    for (long long n = block_index() / C::kCluster; n < a.rows; n = next) {
-      next = n + step;
+    Row r = row_at(block_index() / C::kCluster);
+    if (r.counts) fetch(r);
+    for (long long n = block_index() / C::kCluster; n < a.rows; n += step) {
+      const Row after = row_at(n + step);
       copies_done();
       if constexpr (C::kShifted) block_barrier();
-      if constexpr (C::kStages == 2) next_counts = fetch(next, stage ^ 1);
-      if (counts) {
-        work(row_at(n), stage);
+      if (r.counts) {
+        work(r, after);
       } else {
         // The row may hold anything, NaN too: it isn't read.
-        if constexpr (kWrites) write_nothing(row_at(n));
-        if constexpr (C::kStages == 1) again();
+        if constexpr (kWrites) write_nothing(r);
         if (kTells && rank == 0 && thread == 0)
           for (int i = 0; i < (C::kStats ? kFigures : 1); ++i) a.figures[i * a.rows + n] = 0;
       }
-      if constexpr (C::kStages == 2) stage ^= 1;
-      counts = next_counts;
+      // What wasn't copied vector by vector in the place of this row.
+      if (after.counts && (C::kShifted || !kWrites || !r.counts)) {
+        if constexpr (C::kShifted) block_barrier();
+        fetch(after);
+      }
+      r = after;
     }
   }
 };

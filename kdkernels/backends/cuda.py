@@ -269,12 +269,12 @@ class CudaBackend:
         DRIVER.launch(kernel, min(rows * ready.cluster, kernel.blocks), record, _stream(index), index)
 
     def _made_ready(self, mode: str, call: Call, shifted: bool) -> _Ready:
-        spec, device, size = call.spec, call.student.device, call.student.element_size()
-        config = tuning.cuda(call.student.shape[-1], size, self._shared_of(device), shifted)
+        spec, device = call.spec, call.student.device
+        build, config = build_of(mode, call.spec, call.student.dtype, shifted, uses_labels(call)).fitted(
+            call.student.shape[-1], self._shared_of(device)
+        )
         assert config is not None  # `supports` has asked
-        build = build_of(mode, call.spec, call.student.dtype, config, shifted, uses_labels(call))
-        shared = config.shared_bytes(shifted)
-        kernel = self._kernel(build, device.index, config.threads, shared, config.cluster)
+        kernel = self._kernel(build, device.index, config.threads, config.shared, config.cluster)
         z = numbers(spec.student_scale, spec.student_softcap, spec.student_noise)
         v = numbers(*spec.teachers[0], spec.teacher_noise)
         T = spec.temperature
@@ -319,20 +319,18 @@ def build_of(
     mode: str,
     spec: LossSpec,
     dtype: torch.dtype,
-    config: tuning.CudaConfig,
     shifted: bool,
     labelled: bool,
 ) -> Build:
-    """What is built for a call; `labelled` where it has labels that the loss or the stats use."""
+    """What is built for a call of any width; `labelled`: with labels that the loss or the stats use."""
     # Targets are a binary divergence's, of whatever weight.
     soft = spec.soft_weight != 0 or spec.stats or (spec.row.binary and labelled)
     # Without a soft term the only softmax is the hard one's.
     shared = spec.temperature == 1 or not soft
     z, v = spec.student_noise, spec.teacher_noise if soft else None
-    return Build.of(
-        config,
+    return Build(
         divergence_name(spec.divergence, spec.params) if soft else NO_DIVERGENCE,
-        dtype,
+        type=TYPES[dtype],
         shifted=shifted,
         mode=_MODES[mode],
         hard="kNoHard" if not labelled else "kSharedHard" if shared else "kOwnHard",

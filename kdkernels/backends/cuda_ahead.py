@@ -56,15 +56,14 @@ def builds(arch: str, vocab: int, dtype: torch.dtype, divergence: str) -> list[A
     if divergence not in DIVERGENCES:
         raise ValueError(f"no builds of {divergence!r}: it must be one of {', '.join(DIVERGENCES)}")
     shared = tuning.cuda_shared(int(found[1]))
-    config = tuning.cuda(vocab, dtype.itemsize, shared, shifted=False) if vocab > 0 else None
-    if config is None:
-        widest = tuning.cuda_widest(dtype.itemsize, shared, shifted=False)
+    widest = tuning.cuda_widest(dtype.itemsize, shared)
+    if not 0 < vocab <= widest:
         raise ValueError(f"no builds for {vocab:,} classes: it must be 1 to {widest:,} of this dtype")
     # Of float16 the gradient is computed in backward.
     modes = ("kLoss", "kScaledGradient" if dtype is torch.float16 else "kGradient")
     names = _TEMPLATES.get(divergence, (DIVERGENCES[divergence],))
     rows = [
-        Build.of(config, name, dtype, shifted=False, mode=mode, hard=hard)
+        Build(name, type=TYPES[dtype], mode=mode, hard=hard).fitted(vocab, shared)[0]
         for name, mode, hard in itertools.product(names, modes, _HARD)
     ]
     return [*rows, TotalBuild(), ScaleBuild(TYPES[dtype])]

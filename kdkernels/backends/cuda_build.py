@@ -13,13 +13,14 @@ import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from .. import tuning
 from ..caller import warn_once
 from ..tuning import CudaConfig
 
@@ -29,6 +30,7 @@ SOURCES = _HERE if _HERE.is_dir() else _HERE.parents[1] / "csrc"
 INCLUDE = '#include "kd_cuda.cu"\n'
 
 TYPES = {torch.float32: "kFloat", torch.bfloat16: "kBFloat16", torch.float16: "kHalf"}
+SIZES = {"kFloat": 4, "kBFloat16": 2, "kHalf": 2}
 # Names of divergence.h. alpha_beta has one for parameters above 0, and two for others.
 DIVERGENCES = {
     "forward_kl": "ForwardKL",
@@ -45,6 +47,10 @@ DIVERGENCES = {
     "dkd": "DKD",
     "binary_kl": "BinaryKL",
 }
+# Those whose g is computed in a phase of its own, and those of many registers.
+_POWERS = {"AlphaBeta", "AlphaBetaAny", "AlphaBetaLimit"}
+OPEN = {"JSD", "SkewKL", "SkewReverseKL", "TVD", "SquaredError"} | _POWERS
+HEAVY = {"DKD"} | _POWERS
 NO_DIVERGENCE = "NoDivergence"  # of kd_cuda.cu: no soft term
 
 
@@ -64,15 +70,15 @@ class Build:
 
     Attributes:
         divergence: The template of divergence.h.
-        bound: Threads that a block has at most, and so how many registers a thread may have.
+        threads: Of a block.
+        blocks: That a multiprocessor has to have room for, and so how many registers a thread may have.
     """
 
     divergence: str
-    bound: int = 128
+    threads: int = 128
+    blocks: int = 1
     type: str = "kBFloat16"
     cluster: int = 1
-    vectors: int = 4
-    stages: int = 2
     shifted: bool = False
     mode: str = "kGradient"
     hard: str = "kNoHard"
@@ -86,27 +92,32 @@ class Build:
 
     kernel: ClassVar[str] = "kd_rows"
 
-    @classmethod
-    def of(
-        cls, config: CudaConfig, divergence: str, dtype: torch.dtype, *, shifted: bool, **more: Any
-    ) -> Build:
-        """The build of a configuration, of a template of divergence.h."""
-        return cls(
-            divergence=divergence,
-            # Few bounds, so that rows of many widths share a build.
-            bound=128 * -(-config.threads // 128),
-            type=TYPES[dtype],
-            cluster=config.cluster,
-            vectors=config.vectors,
-            stages=config.stages,
-            shifted=shifted,
-            **more,
-        )
+    @property
+    def kept(self) -> int:
+        """Vectors that the kernel keeps beside those of both sides: `kMore` of kd_cuda.cu."""
+        if self.divergence not in OPEN or self.mode == "kLoss":
+            return 0
+        each = 1 if self.type == "kFloat" else 2  # of a vector's g
+        return each if self.shifted else each - 1
+
+    @property
+    def weight(self) -> str:
+        """Whether a class takes many registers: `light` or `heavy`."""
+        noised = (self.z_noise, self.v_noise) != ("kNoNoise", "kNoNoise")
+        heavy = self.divergence in HEAVY or self.hard == "kOwnHard" or self.stats
+        return "heavy" if heavy or noised or self.z_capped or self.v_capped else "light"
+
+    def fitted(self, width: int, shared: int) -> tuple[Build, CudaConfig | None]:
+        """The build for rows of a width, and how these are shared out; None where they don't fit."""
+        config = tuning.cuda(width, SIZES[self.type], shared, self.kept, self.shifted, self.weight)
+        if config is None:
+            return self, None
+        return replace(self, threads=config.threads, blocks=config.blocks, cluster=config.cluster), config
 
     def unit(self) -> str:
         """The text that is compiled."""
         lines = [f"  template <class R>\n  using Divergence = {self.divergence}<R>;"]
-        for field in fields(self)[2:]:
+        for field in fields(self)[3:]:
             value = getattr(self, field.name)
             if value != field.default:
                 kind = "bool" if isinstance(value, bool) else "int"
@@ -114,12 +125,13 @@ class Build:
                 text = str(value).lower() if kind == "bool" else value
                 lines.append(f"  static constexpr {kind} {name} = {text};")
         return (
-            INCLUDE
+            ("" if self.type == "kFloat" else "#define KD_OF_16_BITS\n")
+            + INCLUDE
             + "struct Config : Defaults {\n"
             + "\n".join(lines)
             + "\n};\n"
-            + f"KD_KERNEL void KD_LAUNCH({self.bound}, 1, {self.cluster}) kd_rows(KD_ARGUMENT KdRows a) "
-            + "{ rows<Config>(a); }\n"
+            + f"KD_KERNEL void KD_LAUNCH({self.threads}, {self.blocks}, {self.cluster}) "
+            + "kd_rows(KD_ARGUMENT KdRows a) { rows<Config>(a); }\n"
         )
 
 

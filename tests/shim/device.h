@@ -58,7 +58,18 @@ KD_FN void send(Quad* to, Quad value, Barrier* barrier, unsigned block) { kd_sen
 
 // ---------------------------------------------------------------------------------------------- memory
 
-KD_FN void copy_later(Quad* to, const void* from) { kd_copy_later(to, from); }
+// Addresses of shared memory are counted from its beginning.
+KD_FN void* shared_pointer(unsigned address) { return shared_memory() + address; }
+KD_FN unsigned shared_begin() { return 0; }
+KD_FN Quad load_shared(unsigned from) {
+  kd_aligned(shared_pointer(from), "load_shared");
+  return *(const Quad*)shared_pointer(from);
+}
+KD_FN void store_shared(unsigned to, Quad x) {
+  kd_aligned(shared_pointer(to), "store_shared");
+  *(Quad*)shared_pointer(to) = x;
+}
+KD_FN void copy_later(unsigned to, const void* from) { kd_copy_later(shared_pointer(to), from); }
 KD_FN void copies_done() { kd_copies_done(); }
 KD_FN void store_past_cache(void* to, Quad x) {
   kd_aligned(to, "store_past_cache");
@@ -105,6 +116,26 @@ KD_FN double error_of(float x) {
   return (double)(int)(h ^ h >> 16) * 0x1p-31;
 }
 
+// Nothing is fused here: g++ is told so.
+KD_FN float product(float x, float y) { return x * y; }
+
+// Half by half; of a NaN and a number the number.
+template <class Convert>
+KD_FN unsigned larger_of_each(unsigned x, unsigned y, Convert to_float) {
+  unsigned z = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    unsigned short a = (unsigned short)(x >> shift), b = (unsigned short)(y >> shift);
+    float fa = to_float(a), fb = to_float(b);
+    z |= (unsigned)(fa != fa || fb > fa ? b : a) << shift;
+  }
+  return z;
+}
+KD_FN unsigned larger_halves(unsigned x, unsigned y) {
+  return larger_of_each(x, y, [](unsigned short h) { return from_half(h); });
+}
+KD_FN unsigned larger_bfloats(unsigned x, unsigned y) {
+  return larger_of_each(x, y, [](unsigned short h) { return as_float((unsigned)h << 16); });
+}
 KD_FN float larger_or_nan(float x, float y) { return x != x || x > y ? x : y; }
 
 // With KD_APPROXIMATE the errors are those that PTX allows, 2^-22 with the rounding to float, and not those of one device.
