@@ -150,7 +150,7 @@ def cuda_shared(generation: int) -> int:
 
 @lru_cache(maxsize=1024)
 def cuda(
-    width: int, itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "heavy"
+    width: int, itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "light"
 ) -> CudaConfig | None:
     """How rows of a width are shared out, of logits of a size in bytes, or None where they don't fit.
 
@@ -163,7 +163,8 @@ def cuda(
         shared: Bytes of shared memory that a block of the device may have.
         more: Vectors that are kept for each one of a side, beside both sides.
         shifted: Whether the sides and the gradient may lie differently within 16 bytes.
-        kind: `light` or `heavy`, by the registers that a class takes.
+        kind: `light` or `heavy`, by the registers that a class takes; those of light ones are more threads,
+            whose messages take more memory.
     """
     at_once = 16 // itemsize
     vectors = _up(width + at_once - 1, at_once)  # wherever a row begins
@@ -181,7 +182,7 @@ def cuda(
     return None
 
 
-def cuda_widest(itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "heavy") -> int:
+def cuda_widest(itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "light") -> int:
     """The widest rows that fit."""
     return bisect_right(
         range(1, 1 << 20),

@@ -60,7 +60,7 @@ def cuda_on_cpu(split: Split, clusters: int = 2, seed: int = 0, **built: Any) ->
     units: dict[str, Unit] = {}
 
     def config(
-        width: int, itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "heavy"
+        width: int, itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "light"
     ) -> Any:
         return split.config(width, itemsize, more, shifted)
 

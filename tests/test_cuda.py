@@ -6,6 +6,7 @@ That kernels compute what they should is tested where they run: on a GPU in ever
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -90,22 +91,25 @@ def test_a_unit_says_what_differs_from_the_defaults() -> None:
     """And nothing else, so that builds that are alike have one text."""
     begin, launch, end = re.split(r"KD_LAUNCH(\(.*?\))", Build("ForwardKL").unit())
     assert begin == (
+        "#define KD_OF_16_BITS\n"
         '#include "kd_cuda.cu"\n'
         "struct Config : Defaults {\n"
         "  template <class R>\n  using Divergence = ForwardKL<R>;\n"
         "};\n"
         "KD_KERNEL void "
     )
-    assert re.fullmatch(r"\(128, \d+, 1\)", launch)
+    assert launch == "(128, 1, 1)"
     assert end == " kd_rows(KD_ARGUMENT KdRows a) { rows<Config>(a); }\n"
-    unit = Build("JSD", bound=640, cluster=8, shifted=True, z_noise="kAdditive", v_per_row=True).unit()
+    # What only 16 bits are precise enough for is not in units of float32.
+    assert Build("ForwardKL", type="kFloat").unit().startswith('#include "kd_cuda.cu"\n')
+    unit = Build("JSD", 320, 3, cluster=8, shifted=True, z_noise="kAdditive", v_per_row=True).unit()
     assert re.findall(r"static constexpr (\w+) (\w+) = (\w+);", unit) == [
         ("int", "kCluster", "8"),
         ("bool", "kShifted", "true"),
         ("int", "kZNoise", "kAdditive"),
         ("bool", "kVPerRow", "true"),
     ]
-    assert "using Divergence = JSD<R>;" in unit and re.search(r"KD_LAUNCH\(640, \d+, 8\)", unit)
+    assert "using Divergence = JSD<R>;" in unit and "KD_LAUNCH(320, 3, 8)" in unit
 
 
 def test_the_other_units() -> None:
@@ -123,23 +127,22 @@ def build_of(mode: str = "gradient", dtype: torch.dtype = torch.bfloat16, **opti
     z = torch.empty(1, 128_256, dtype=dtype)
     student, teacher = options.pop("student", None), options.pop("teacher", None)
     call = call_of(student or z, teacher or z, options.pop("labels", None), **options)
-    config = tuning.cuda(128_256, dtype.itemsize, SHARED, shifted=False)
-    assert config is not None
-    return cuda.build_of(mode, call.spec, dtype, config, False, cuda.uses_labels(call))
+    build = cuda.build_of(mode, call.spec, dtype, False, cuda.uses_labels(call))
+    return build.fitted(128_256, SHARED)[0]
 
 
 def test_what_a_call_builds() -> None:
     """Only what changes the code is in a build."""
     y = torch.zeros(1, dtype=torch.int64)
     plain = build_of()
-    assert plain == Build("ForwardKL", bound=512, cluster=8)
+    assert plain == Build("ForwardKL", threads=512, blocks=2, cluster=8)
     assert build_of(temperature=3.0, mask=torch.ones(1, dtype=torch.bool), num_items=3) == plain
     assert build_of(labels=y, hard_weight=0.0) == plain  # for the mask alone
     assert build_of(labels=y, hard_weight=1.0).hard == "kSharedHard"
     assert build_of(labels=y, hard_weight=1.0, temperature=2.0).hard == "kOwnHard"
     assert build_of("loss").mode == "kLoss"
     assert build_of("scaled_gradient", torch.float16).type == "kHalf"
-    assert build_of(dtype=torch.float32).vectors == 8
+    assert build_of(dtype=torch.float32).cluster == 16
     assert (
         build_of(stats=True).stats
         and build_of(stats=True, labels=y, hard_weight=0.0, temperature=2.0).hard == "kOwnHard"
@@ -160,7 +163,7 @@ def test_without_a_soft_term_the_teacher_is_not_built_in() -> None:
         teacher=kd.Logits(z, softcap=30.0), labels=y, hard_weight=1.0, soft_weight=0.0, temperature=2.0,
         teacher_noise=kd.LogitNoise(0.1, seed=1), divergence=kd.JSD(0.5),
     )  # fmt: skip
-    assert build == Build("NoDivergence", bound=512, cluster=8, hard="kSharedHard")
+    assert build == Build("NoDivergence", threads=512, blocks=2, cluster=8, hard="kSharedHard")
 
 
 # Records and names, against the C++ itself
@@ -243,7 +246,7 @@ def test_records_are_those_of_the_kernels(tmp_path: Path) -> None:
 def test_defaults_are_those_of_the_kernels(tmp_path: Path) -> None:
     """A field that a unit doesn't mention is what Python takes it for."""
     checks = []
-    for field in fields(Build)[2:]:
+    for field in fields(Build)[3:]:
         name = "k" + "".join(word.capitalize() for word in field.name.split("_"))
         value = str(field.default).lower() if isinstance(field.default, bool) else field.default
         checks.append(f"static_assert(Defaults::{name} == {value});")
@@ -276,41 +279,63 @@ def test_divergences_are_those_of_the_header(tmp_path: Path) -> None:
 # How rows are shared out
 
 
+# How builds may differ in what they need: what is kept, how rows lie, and registers.
+HOW = list(itertools.product((0, 1, 2), (False, True), ("light", "heavy")))
+
+
 @given(
-    width=st.integers(1, 400_000),
+    width=st.integers(1, 500_000),
     itemsize=st.sampled_from([2, 4]),
     shared=st.sampled_from([SHARED, tuning.cuda_shared(12), 48 << 10]),
-    shifted=st.booleans(),
+    how=st.sampled_from(HOW),
 )
 def test_no_configuration_asks_for_more_than_there_is(
-    width: int, itemsize: int, shared: int, shifted: bool
+    width: int, itemsize: int, shared: int, how: tuple[int, bool, str]
 ) -> None:
     """Of threads, registers, shared memory and blocks of a cluster, and every class has a place."""
-    config = tuning.cuda(width, itemsize, shared, shifted)
-    widest = tuning.cuda_widest(itemsize, shared, shifted)
-    assert (config is None) == (width > widest)
+    kept, shifted, kind = how
+    config = tuning.cuda(width, itemsize, shared, *how)
+    assert (config is None) == (width > tuning.cuda_widest(itemsize, shared, *how))
     if config is None:
         return
-    assert config.cluster in (1, 2, 4, 8, 16) and config.stages in (1, 2)
-    assert config.threads % 32 == 0 and 32 <= config.threads <= tuning.CUDA_THREADS
-    assert config.vectors * 16 // itemsize == tuning.CUDA_CLASSES
-    assert config.part <= config.threads * config.vectors
+    assert config.cluster in (1, 2, 4, 8, 16)
+    assert config.threads % 32 == 0 and 32 <= config.threads <= 512
+    # Each multiprocessor of these has 1 KiB more than a block may ask for, which the system takes of one.
+    registers = 64 if kind == "light" else 80
+    assert config.blocks * config.threads * registers <= 65_536
+    assert config.shared <= shared and config.blocks * (config.shared + 1024) <= shared + 1024
     # Wherever in 16 bytes a row begins.
     for off in range(16 // itemsize):
         assert -(-(off + width) * itemsize // 16) <= config.cluster * config.part
-    assert config.shared_bytes(shifted) <= shared
-    # No fewer blocks and threads would do.
+    # No fewer blocks would do, and no thread has nothing to do while others have a vector more.
     assert config.part * config.cluster < -(-width * itemsize // 16) + config.cluster + 1
-    assert config.part > (config.threads - 32) * config.vectors
+    assert config.part > config.threads - 32
+    # Both sides and what is kept, beside the messages of 16 warps and of 2 rounds among 16 blocks at most.
+    vectors = 2 * (config.part + 2 * shifted) + kept * config.part
+    assert 16 * vectors < config.shared <= 16 * (vectors + 1 + 3 * (1 + 16) + 2 * 3 * 16)
+
+
+@pytest.mark.parametrize("shared", [SHARED, tuning.cuda_shared(12), 48 << 10])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_what_is_said_to_fit_fits_however_it_is_built(itemsize: int, shared: int) -> None:
+    """`supports` asks before it is known what the call builds."""
+    widest = tuning.cuda_widest(itemsize, shared)
+    for width in range(widest - 600, widest + 1):
+        assert all(tuning.cuda(width, itemsize, shared, *how) is not None for how in HOW)
+    assert tuning.cuda(widest + 1, itemsize, shared) is None
 
 
 def test_configurations_of_known_vocabularies() -> None:
-    """As they are meant to be: one row is 8 blocks of 512 threads."""
-    assert tuning.cuda(128_256, 2, SHARED) == tuning.CudaConfig(8, 512, 4, 2, 2005)
-    assert tuning.cuda(128_256, 2, SHARED).shared_bytes(False) == 16 + 16 * (6 * 8 * 16 + 2 * 2 * 2048)
-    assert tuning.cuda(32_000, 4, SHARED).stages == 1
-    assert tuning.cuda_widest(2, SHARED) > 262_144 < tuning.cuda_widest(4, SHARED)
-    assert tuning.cuda(tuning.cuda_widest(2, SHARED) + 1, 2, SHARED) is None
+    """As they are meant to be: one row is 8 blocks of 512 threads, of which 2 share a multiprocessor."""
+    plain = tuning.cuda(128_256, 2, SHARED, 0, False, "light")
+    assert plain == tuning.CudaConfig(8, 512, 2, 2005, 16 * (1 + 3 * 17 + 6 * 8 + 2 * 2005))
+    # Fewer threads where each takes more registers.
+    heavy = tuning.cuda(128_256, 2, SHARED, 1, True, "heavy")
+    assert heavy == tuning.CudaConfig(8, 352, 2, 2005, 16 * (1 + 3 * 12 + 6 * 8 + 2 * 2007 + 2005))
+    assert getattr(tuning.cuda(32_000, 2, SHARED, 0, False, "light"), "cluster", None) == 2
+    short = tuning.cuda(1000, 2, SHARED, 0, False, "light")
+    assert short is not None and (short.cluster, short.threads, short.blocks) == (1, 32, 32)
+    assert tuning.cuda_widest(2, SHARED) > 262_144 > tuning.cuda_widest(4, SHARED) > 152_064
 
 
 # What is refused
@@ -716,11 +741,9 @@ def test_info_compiles_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(
         z, z, torch.zeros(1, dtype=torch.int64), divergence=kd.JSD(0.3), hard_weight=0.1, temperature=2.0
     )
-    config = tuning.cuda(128_256, 2, SHARED, shifted=False)
-    assert config is not None
     for mode in ("gradient", "loss"):
-        build = cuda.build_of(mode, call.spec, torch.bfloat16, config, False, labelled=True)
-        assert (build.unit(), "sm_90") in made
+        build = cuda.build_of(mode, call.spec, torch.bfloat16, False, labelled=True)
+        assert (build.fitted(128_256, SHARED)[0].unit(), "sm_90") in made
 
 
 @needs_nvrtc
@@ -729,8 +752,8 @@ def test_info_compiles_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"archs": ["sm_80"]}, "no builds for 'sm_80': it must be sm_90 or later"),
         ({"archs": ["hopper"]}, "no builds for 'hopper': it must be sm_90 or later"),
-        ({"vocabs": [400_000]}, "no builds for 400,000 classes: it must be 1 to 327,"),
-        ({"vocabs": [0]}, "no builds for 0 classes: it must be 1 to 327,"),
+        ({"vocabs": [500_000]}, "no builds for 500,000 classes: it must be 1 to 460,"),
+        ({"vocabs": [0]}, "no builds for 0 classes: it must be 1 to 460,"),
         ({"dtypes": ["float64"]}, "--dtype must be one of bfloat16, float16, float32, got 'float64'"),
         ({"divergences": ["hellinger"]}, "no builds of 'hellinger': it must be one of forward_kl"),
     ],
