@@ -805,10 +805,10 @@ struct Rows {
   struct Target {
     float z, v, phi, g;  // its logits, D of the margins and the derivative
   };
-  KD_FN Target target_of(const Row& r, const RowState& others) const {
+  KD_FN Target target_of(float z, float v, const RowState& others) const {
     Target t;
-    t.z = logit_at<false>(r, r.label);
-    t.v = logit_at<true>(r, r.label);
+    t.z = z;
+    t.v = v;
     // Once a row, and so in double, whose functions are no approximations.
     Terms<double> margins = binary_kl((double)margin(others.z, z_logs_of(others), t.z), (double)margin(others.v, v_logs_of(others), t.v));
     t.phi = (float)margins.phi;
@@ -1090,15 +1090,18 @@ struct Rows {
     float described[5] = {};
     float soft = 0, hard = 0;
     constexpr bool kNorms = !kPlain || kHasHard || (C::kStats && !D::kBinary);
+    // Before the first exchange: after it other blocks may write the gradient in the place of the logits.
+    float at_label = 0, v_at_label = 0;
+    if constexpr (kHasHard || C::kStats || D::kTarget)
+      if (label >= 0) at_label = logit_at<false>(r, label);
+    if constexpr (D::kTarget)
+      if (label >= 0) v_at_label = logit_at<true>(r, label);
     if constexpr (kNorms) {
       normalise(r, label, part);
       merge_all(part);
     }
     RowState& row = part.row;
     row.cross *= kLn2;
-    float at_label = 0;
-    if ((kHasHard || C::kStats) && label >= 0) at_label = logit_at<false>(r, label);
-
     if constexpr (kPlain) {
       if constexpr (C::kStats && !D::kBinary) describe(part, label, described);
       float mean = D::kNormaliser == kCentered ? mean_difference(r) : 0;
@@ -1126,7 +1129,7 @@ struct Rows {
       float D_of_row = 0;
       if constexpr (D::kTarget) {
         if (label >= 0) {
-          target = target_of(r, row);
+          target = target_of(at_label, v_at_label, row);
           include(all, target.z, z_factor().k);
           if constexpr (kOwn) include(row.one, target.z, a.one.k);
         }
