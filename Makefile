@@ -63,6 +63,7 @@ gpu:
 	for process in $$running; do wait $$process || tests=1; done; \
 	if [ $$tests = 0 ]; then tail -qn 1 build/gpu-tests-*.log; else cat build/gpu-tests-*.log; fi; \
 	$(PYTHON) -m benchmarks gpu $(ARGS) || tests=1; \
+	$(PYTHON) -m benchmarks cluster || [ $$? = 2 ] || tests=1; \
 	$(PYTHON) -m benchmarks linear --device cuda || tests=1; \
 	$(PYTHON) -m benchmarks divergences --device cuda --dtype bfloat16 --no-compile \
 	  --json benchmarks/results/divergences-cuda.json && exit $$tests

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "solver": "one distribution from a generalist and 20 specialists: time, agreement with descent",
     "strategies": "every strategy of the literature beside its control: differences over seeds, verdicts",
     "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
+    "cluster": "the CUDA kernel beside the Triton one on large logits: time, share of copy, launches, error",
     "builds": "the Triton kernels built for GPUs that need not be here: registers, spills, accesses",
 }
 # What some of them import and not every Python has.
