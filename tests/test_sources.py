@@ -79,14 +79,16 @@ def test_pad_vocab(backend: str, divergence: Any, student: int, teacher: int) ->
         cut, cut_grad = our_result(z[:, :9], v[:, :9], labels, o.but(pad_vocab=False), backend)
         if loss.is_cuda:
             # Rows of another length are read in other accesses, and summed in another order.
-            close = {"rtol": 2 * torch.finfo(grad.dtype).eps, "atol": 1e-7}
+            close = {"rtol": 16 * torch.finfo(grad.dtype).eps, "atol": 1e-6}
             torch.testing.assert_close(grad[:, :9], cut_grad, **close)
         else:
             assert torch.equal(loss, cut) and torch.equal(grad[:, :9], cut_grad)
         assert grad.shape == z.shape and (grad[:, 9:] == 0).all()
     z[:, 9:] = nan
     v[:, 9:] = nan
-    assert torch.equal(our_loss(z, v, labels, o, backend), loss)
+    torch.testing.assert_close(
+        our_loss(z, v, labels, o, backend), loss, rtol=1e-6 if z.is_cuda else 0, atol=0
+    )
     equal = our_loss(z[:, :9], v[:, :9], labels, o, backend)
     assert torch.equal(equal, loss)
 

@@ -275,8 +275,8 @@ class CudaBackend:
         )
         assert config is not None  # `supports` has asked
         kernel = self._kernel(build, device.index, config.threads, config.shared, config.cluster)
-        z = numbers(spec.student_scale, spec.student_softcap, spec.student_noise)
-        v = numbers(*spec.teachers[0], spec.teacher_noise)
+        z = numbers(spec.student_scale, spec.student_softcap, _heard(spec.student_noise))
+        v = numbers(*spec.teachers[0], _heard(spec.teacher_noise))
         T = spec.temperature
         return _Ready(
             kernel, config.part, config.cluster,
@@ -327,7 +327,7 @@ def build_of(
     soft = spec.soft_weight != 0 or spec.stats or (spec.row.binary and labelled)
     # Without a soft term the only softmax is the hard one's.
     shared = spec.temperature == 1 or not soft
-    z, v = spec.student_noise, spec.teacher_noise if soft else None
+    z, v = _heard(spec.student_noise), _heard(spec.teacher_noise) if soft else None
     return Build(
         divergence_name(spec.divergence, spec.params) if soft else NO_DIVERGENCE,
         type=TYPES[dtype],
@@ -383,6 +383,11 @@ def _unavailable(device: torch.device) -> str | None:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _heard(noise: Noise | None) -> Noise | None:
+    """Noise that changes anything: without, the call is that of no noise, to the bit."""
+    return None if noise is None or noise.sigma == 0 or noise.probability == 0 else noise
 
 
 def _kind(noise: Noise | None) -> str:
