@@ -80,18 +80,26 @@ def _make_gpu(tmp_path: Path, python: str, *arguments: str) -> tuple[int, list[s
 def test_make_gpu_measures_even_where_a_test_fails(tmp_path: Path) -> None:
     probe, measured = "-m benchmarks gpu --probe", "-m benchmarks gpu --seconds 9"
     tests = [f"-m pytest -m gpu -q --shard {i}/8" for i in range(1, 9)]
-    heads, last = (
+    clusters, heads, last = (
+        "-m benchmarks cluster",
         "-m benchmarks linear --device cuda",
         "-m benchmarks divergences --device cuda --dtype bfloat16 --no-compile",
     )
     last += " --json benchmarks/results/divergences-cuda.json"
     code, asked = _make_gpu(tmp_path, "exit 0", "ARGS=--seconds 9")
-    assert (code, asked[0], sorted(asked[1:-3]), *asked[-3:]) == (0, probe, tests, measured, heads, last)
-    for failing in ("pytest", "seconds", "linear", "divergences"):
+    measuring = measured, clusters, heads, last
+    assert (code, asked[0], sorted(asked[1:-4]), *asked[-4:]) == (0, probe, tests, *measuring)
+    for failing in ("pytest", "seconds", "cluster", "linear", "divergences"):
         (tmp_path / "log").unlink()
         code, asked = _make_gpu(tmp_path, f'case "$*" in *{failing}*) exit 1;; esac', "ARGS=--seconds 9")
-        found = code, asked[0], sorted(asked[1:-3]), *asked[-3:]
-        assert found == (2, probe, tests, measured, heads, last), failing
+        found = code, asked[0], sorted(asked[1:-4]), *asked[-4:]
+        assert found == (2, probe, tests, *measuring), failing
+
+
+@needs_make
+def test_make_gpu_takes_a_gpu_without_clusters(tmp_path: Path) -> None:
+    code, asked = _make_gpu(tmp_path, 'case "$*" in *cluster*) exit 2;; esac')
+    assert code == 0 and "-m benchmarks cluster" in asked
 
 
 @needs_make
