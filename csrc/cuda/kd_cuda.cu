@@ -937,7 +937,11 @@ struct Rows {
           dz[j] = W * (v[j] - A * ez);
         } else if constexpr (kReverse) {  // q (l - D), l = log(q / p)
           const float lq = z_logs(z[j]), lp = v_logs(v[j]), q = kd_exp(lq);
-          dz[j] = W * q * (q > 0 ? lq - lp - D_of_row : 0);
+          float centred = q > 0 ? lq - lp - D_of_row : 0;
+          // Of exponents as large as those the last digit of l or D is a number of nats: where one class has all of the
+          // mass, they are the same.
+          if constexpr (decltype(large)::value) centred = q == 1 ? 0 : centred;
+          dz[j] = W * q * centred;
         } else if constexpr (kTeacher) {
           dz[j] = W * (A * ez + B * exp2_fast(of_v.exponent(v[j])));
         }

@@ -175,6 +175,7 @@ OPTIONS: dict[str, Any] = {
     "prec_div": False,
     "prec_sqrt": False,
     "fma": True,
+    "device_as_default_execution_space": True,
 }
 
 
