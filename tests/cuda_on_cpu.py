@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from cuda_shim import Unit
 
 from kdkernels import registry, tuning
 from kdkernels.backends import cuda
+from kdkernels.backends.cuda_build import AnyBuild, Build
 
 
 class Split(NamedTuple):
@@ -31,32 +33,38 @@ class Split(NamedTuple):
 
 
 class Launches:
-    """Stands for the driver: kernels are built by g++, and run on so many clusters at once."""
+    """Stands for the driver: kernels are built by g++, and run on so many clusters at once.
 
-    def __init__(self, clusters: int, seed: int, **built: Any) -> None:
-        self.clusters, self.seed, self.built = clusters, seed, built
+    Attributes:
+        builds: What was launched, in the order of time.
+    """
+
+    def __init__(self, clusters: int, seed: int) -> None:
+        self.clusters, self.seed = clusters, seed
         self.memory: list[torch.Tensor] = []
-        self.units: list[str] = []
+        self.builds: list[AnyBuild] = []
 
     def enter(self, device: int) -> None:
         """Nothing."""
 
     def launch(self, kernel: Any, grid: int, record: bytes, stream: int, device: int) -> None:
         """Runs a kernel to its end."""
-        unit, name, cluster, shared = kernel.function
-        self.units.append(name)
-        if name == "kd_rows":
+        unit, build, cluster, shared = kernel.function
+        self.builds.append(build)
+        if isinstance(build, Build):
             grid = min(grid, self.clusters * cluster)
+        memory = list(self.memory)
         unit.launch(
-            name, record, blocks=grid, threads=kernel.threads, shared=shared, cluster=cluster,
-            seed=self.seed, memory=self.memory,
+            build.kernel, record, blocks=grid, threads=kernel.threads, shared=shared, cluster=cluster,
+            seed=self.seed, memory=memory,
         )  # fmt: skip
+        del self.memory[len(memory) :]  # of which that has asked where they are
 
 
 @contextlib.contextmanager
 def cuda_on_cpu(split: Split, clusters: int = 2, seed: int = 0, **built: Any) -> Iterator[Launches]:
     """While it lasts, `backend="cuda"` takes CPU tensors."""
-    driver, backend = Launches(clusters, seed, **built), cuda.CudaBackend()
+    driver, backend = Launches(clusters, seed), cuda.CudaBackend()
     units: dict[str, Unit] = {}
 
     def config(
@@ -67,29 +75,27 @@ def cuda_on_cpu(split: Split, clusters: int = 2, seed: int = 0, **built: Any) ->
     config.__wrapped__ = config  # type: ignore[attr-defined]
 
     def ready(build: Any, device: int, threads: int, shared: int = 0, cluster: int | None = None) -> Any:
-        text = build.unit()
+        # Here nobody asks how many threads there may be: one unit for all of them.
+        text = (replace(build, threads=512) if isinstance(build, Build) else build).unit()
         if text not in units:
             units[text] = Unit(text, **built)
-        return cuda.Kernel((units[text], build.kernel, cluster or 1, shared), threads, shared, 1 << 30)
+        return cuda.Kernel((units[text], build, cluster or 1, shared), threads, shared, 1 << 30)
 
-    rows = backend._rows
+    where = torch.Tensor.data_ptr
 
-    def remembered(mode: str, call: Any, items: Any, **more: Any) -> None:
-        # What a sanitizer has to know of: pointers of the record into anything else are refused.
-        every = [*call[:1], *call[1], *call[2:9], items.counted, items.given, *more.values()]
-        driver.memory = [x for x in every if isinstance(x, torch.Tensor)]
-        rows(mode, call, items, **more)
+    def remembered(tensor: torch.Tensor) -> int:
+        # What a sanitizer has to know of: pointers of a record into anything else are refused.
+        driver.memory.append(tensor)
+        return where(tensor)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "available", lambda device: None)
-        patch.setattr(backend, "_rows", remembered)
         patch.setattr(backend, "_kernel", ready)
         patch.setattr(cuda, "DRIVER", driver)
         patch.setattr(cuda, "_launching", lambda device: contextlib.nullcontext())
         patch.setattr(cuda, "_stream", lambda device: 0)
         patch.setattr(tuning, "cuda", config)
         patch.setitem(registry.BACKENDS, "cuda", backend)
+        if built.get("sanitize"):
+            patch.setattr(torch.Tensor, "data_ptr", remembered)
         yield driver
-
-
-Made = Callable[..., Any]
