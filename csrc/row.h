@@ -2,8 +2,9 @@
 // is summed relative to a reference of its own: a block of a row on a CPU, what one thread has of it on a GPU. So the
 // precision doesn't depend on where the maximum stands in the row, and a row is read once.
 //
-// The includer provides KD_FN, KD_INFINITY; kd_sum, the type of sums; kd_ref, what exponents are relative to, with kd_apart(a, b), the
-// exponent a - b; kd_raise(x), e^x, or 2^x where exponents are powers of two; and kd_log(x), log x of a sum.
+// The includer provides KD_FN and KD_INFINITY; kd_sum, the type of sums; kd_ref, what exponents are relative to, with
+// kd_apart(a, b), the exponent a - b; kd_raise(x), e^x, or 2^x where exponents are powers of two; and kd_log(x), log x of a
+// sum.
 #pragma once
 
 namespace {

@@ -30,7 +30,7 @@ KD_FN float kd_log1p_in_units(float x) {
 #ifdef KD_OF_16_BITS
   return log;
 #else
-  float series = x * (kLog2e + x * (-0.5f * kLog2e + x * (0.333333333f * kLog2e + x * (-0.25f * kLog2e + x * (0.2f * kLog2e)))));
+  float series = x * (1 + x * (-0.5f + x * (0.333333333f + x * (-0.25f + x * 0.2f)))) * kLog2e;
   return fabsf(x) < 0.03125f ? series : log;
 #endif
 }

@@ -197,10 +197,6 @@ struct Part {
   unsigned best_z, best_v;  // and the first of the largest logits
 };
 
-struct Mean {
-  float sum, count;
-};
-
 // Of the first n threads of a warp, a power of two, for these; the others get something.
 KD_FN float sum_of_warp(float x, int n = 32) {
   KD_UNROLL
@@ -256,7 +252,7 @@ struct Rows {
     const char *z, *v;
     char* out;
     float weight;
-    int first;           // class of the block's first vector, which begins before the row's first class if that is off 16 bytes
+    int first;           // class of the block's first vector; below 0 where the row begins within it
     int whole, partial;  // the vectors from `whole` on lie in the row, up to `partial`
     bool counts, labelled;
   };
@@ -666,50 +662,50 @@ struct Rows {
     p = Part{};
     find_tops(r, excluded, p);
     refer(p.row);
-    const Powers of_z = powers(p.row.z.ref, base_z(p.row.top_z), large_z(base_z(p.row.top_z)), z_factor().k);
-    const Powers of_1 = powers(p.row.one.ref, of_z.base, of_z.large, a.one.k);
-    const Powers of_v = powers(p.row.v.ref, base_v(p.row.top_v), large_v(base_v(p.row.top_v)), a.v.by.k);
+    const Exponents of_z = powers(p.row.z.ref, base_z(p.row.top_z), large_z(base_z(p.row.top_z)), z_factor().k);
+    const Exponents of_1 = powers(p.row.one.ref, of_z.base, of_z.large, a.one.k);
+    const Exponents of_v = powers(p.row.v.ref, base_v(p.row.top_v), large_v(base_v(p.row.top_v)), a.v.by.k);
     either(of_z.large || of_v.large, [&](auto large) {
-    for (int i = thread; i < (int)a.part; i += threads) {
-      float z[kEach], v[kEach];
-      of_phase_1(r, i, excluded, z, v);
-      of_z.prepare(z, kEach, large);
-      if constexpr (kTeacherSums) of_v.prepare(v, kEach, large);
-      // A vector's sums first: shorter chains of additions, and smaller errors.
-      float sz = 0, sv = 0, cross = 0, s1 = 0, xz = 0, xv = 0;
-      KD_UNROLL
-      for (int j = 0; j < kEach; ++j) {
-        const float y = of_z.exponent(z[j]), ey = exp2_fast(y);
-        sz += ey;
-        if constexpr (kOwn) s1 += exp2_fast(of_1.exponent(z[j]));
-        if constexpr (kTeacherSums) {
-          const float u = of_v.exponent(v[j]), eu = exp2_fast(u);
-          sv += eu;
-          if constexpr (Reads::kCross) {
-            const float own = Reads::kTeacherWeighs ? u : y, there = Reads::kTeacherWeighs ? y : u;
-            const float weighs = Reads::kTeacherWeighs ? eu : ey;
-            const float term = Reads::kA == 0 ? Reads::kB * there : Reads::kA * own + Reads::kB * there;
-            // A class that the weighing side can't produce contributes nothing, also where a or b is infinite. A NaN is
-            // in the sums already.
-            if (weighs > 0) cross = fmaf(weighs, term, cross);
+      for (int i = thread; i < (int)a.part; i += threads) {
+        float z[kEach], v[kEach];
+        of_phase_1(r, i, excluded, z, v);
+        of_z.prepare(z, kEach, large);
+        if constexpr (kTeacherSums) of_v.prepare(v, kEach, large);
+        // A vector's sums first: shorter chains of additions, and smaller errors.
+        float sz = 0, sv = 0, cross = 0, s1 = 0, xz = 0, xv = 0;
+        KD_UNROLL
+        for (int j = 0; j < kEach; ++j) {
+          const float y = of_z(z[j]), ey = exp2_fast(y);
+          sz += ey;
+          if constexpr (kOwn) s1 += exp2_fast(of_1(z[j]));
+          if constexpr (kTeacherSums) {
+            const float u = of_v(v[j]), eu = exp2_fast(u);
+            sv += eu;
+            if constexpr (Reads::kCross) {
+              const float own = Reads::kTeacherWeighs ? u : y, there = Reads::kTeacherWeighs ? y : u;
+              const float weighs = Reads::kTeacherWeighs ? eu : ey;
+              const float term = Reads::kA == 0 ? Reads::kB * there : Reads::kA * own + Reads::kB * there;
+              // A class that the weighing side can't produce contributes nothing, also where a or b is infinite. A NaN is
+              // in the sums already.
+              if (weighs > 0) cross = fmaf(weighs, term, cross);
+            }
+            if constexpr (C::kStats) xv += eu > 0 ? eu * u : 0;
           }
-          if constexpr (C::kStats) xv += eu > 0 ? eu * u : 0;
+          if constexpr (C::kStats) xz += ey > 0 ? ey * y : 0;
         }
-        if constexpr (C::kStats) xz += ey > 0 ? ey * y : 0;
+        p.row.z.sum += sz;
+        p.row.v.sum += sv;
+        p.row.cross += cross;
+        p.row.one.sum += s1;
+        p.xz += xz;
+        p.xv += xv;
       }
-      p.row.z.sum += sz;
-      p.row.v.sum += sv;
-      p.row.cross += cross;
-      p.row.one.sum += s1;
-      p.xz += xz;
-      p.xv += xv;
-    }
     });
   }
 
-  // Exponents of two of a side: k x - minus, of logits relative to `base` where they are large.
-  struct Powers {
-    float k, base, minus;
+  // Exponents of a side from its logits, or logs: c x - minus, of logits relative to `base` where they are large.
+  struct Exponents {
+    float c, base, minus;
     bool large;
     template <class Large>
     KD_FN void prepare(float* x, int n, Large) const {
@@ -719,41 +715,31 @@ struct Rows {
         for (int i = 0; i < n; ++i) x[i] -= base;
       }
     }
-    KD_FN float exponent(float x) const { return fmaf(x, k, -minus); }
+    KD_FN float operator()(float x) const { return fmaf(x, c, -minus); }
   };
-  static KD_FN Powers powers(Reference ref, float base, bool large, float k) { return {k, base, large ? 0 : ref.hi, large}; }
+  static KD_FN Exponents powers(Reference ref, float base, bool large, float k) {
+    return {k, base, large ? 0 : ref.hi, large};
+  }
 
   // -------------------------------------------------------------------------------------------- phase 2
 
-  // Logs of a side from its logits, natural or in powers of two: c x - lse, of logits relative to `base` where they are
-  // large; where they aren't, lse is rounded as their products with c are.
-  struct Logs {
-    float c, base, lse;
-    bool large;
-    template <class Large>
-    KD_FN void prepare(float* x, int n, Large) const {
-      if constexpr (Large::value) {
-        if (!large) return;
-        KD_UNROLL
-        for (int i = 0; i < n; ++i) x[i] -= base;
-      }
-    }
-    KD_FN float operator()(float x) const { return fmaf(x, c, -lse); }
-  };
-  KD_FN static Logs logs_of(const Side& side, float base, KdFactor by, bool large) {
+  // Natural logs of a side: minus has its log-sum-exp in it, rounded as the logits' products with c are.
+  KD_FN static Exponents logs_of(const Side& side, float base, KdFactor by, bool large) {
     const auto [c, k] = by;
     // The sum is relative to a power of two, which the logs' own reference misses by the difference of two roundings.
-    float minus = large ? 0 : product(base, c), missing = large ? 0 : fmaf(base, c, -minus) - fmaf(base, k, -side.ref.hi) * kLn2;
+    const float minus = large ? 0 : product(base, c);
+    const float missing = large ? 0 : fmaf(base, c, -minus) - fmaf(base, k, -side.ref.hi) * kLn2;
     return {c, base, minus + (kd_log(side.sum) + missing), large};
   }
-  KD_FN static Logs bits_of(const Side& side, float base, float k, bool large) {
+  // The same in powers of two.
+  KD_FN static Exponents bits_of(const Side& side, float base, float k, bool large) {
     return {k, base, (large ? 0 : side.ref.hi) + kd_log(side.sum) * kLog2e, large};
   }
-  KD_FN Logs z_logs_of(const RowState& row) const {
+  KD_FN Exponents z_logs_of(const RowState& row) const {
     const float base = base_z(row.top_z);
     return logs_of(row.z, base, z_factor(), large_z(base));
   }
-  KD_FN Logs v_logs_of(const RowState& row) const {
+  KD_FN Exponents v_logs_of(const RowState& row) const {
     const float base = base_v(row.top_v);
     return logs_of(row.v, base, a.v.by, large_v(base));
   }
@@ -770,32 +756,32 @@ struct Rows {
     // Of a divergence of probabilities alone powers of two are all that is needed.
     constexpr bool kBits = D::kInUnits || !D::kLogs;
     const float z_base = base_z(row.top_z), v_base = base_v(row.top_v);
-    const Logs z_logs = kBits ? bits_of(row.z, z_base, z_factor().k, large_z(z_base)) : z_logs_of(row);
-    const Logs v_logs = kBits ? bits_of(row.v, v_base, a.v.by.k, large_v(v_base)) : v_logs_of(row);
+    const Exponents z_logs = kBits ? bits_of(row.z, z_base, z_factor().k, large_z(z_base)) : z_logs_of(row);
+    const Exponents v_logs = kBits ? bits_of(row.v, v_base, a.v.by.k, large_v(v_base)) : v_logs_of(row);
     phi_sum = g_sum = 0;
     either(z_logs.large || v_logs.large, [&](auto large) {
-    for (int i = thread; i < (int)a.part; i += threads) {
-      float z[kEach], v[kEach], phis = 0, gs = 0;
-      logits<false>(r, i, z);
-      logits<true>(r, i, v);
-      z_logs.prepare(z, kEach, large);
-      v_logs.prepare(v, kEach, large);
-      KD_UNROLL
-      for (int j = 0; j < kEach; ++j) {
-        const float lq = z_logs(z[j]), lp = v_logs(v[j]);
-        const Terms<float> t = kBits ? terms_of(d, lq, lp, exp2_fast(lq), exp2_fast(lp))
-                                     : terms_of(d, lq, lp, kd_exp(lq), kd_exp(lp));
-        phis += t.phi;
-        gs += t.g;
-        v[j] = t.g;
-      }
-      phi_sum += phis;
-      g_sum += gs;
-      if constexpr (kWrites) {
+      for (int i = thread; i < (int)a.part; i += threads) {
+        float z[kEach], v[kEach], phis = 0, gs = 0;
+        logits<false>(r, i, z);
+        logits<true>(r, i, v);
+        z_logs.prepare(z, kEach, large);
+        v_logs.prepare(v, kEach, large);
         KD_UNROLL
-        for (int part = 0; part < kOfG; ++part) store_shared(of_g(i, part), pack<kFloat>(v + 4 * part));
+        for (int j = 0; j < kEach; ++j) {
+          const float lq = z_logs(z[j]), lp = v_logs(v[j]);
+          const Terms<float> t = kBits ? terms_of(d, lq, lp, exp2_fast(lq), exp2_fast(lp))
+                                       : terms_of(d, lq, lp, kd_exp(lq), kd_exp(lp));
+          phis += t.phi;
+          gs += t.g;
+          v[j] = t.g;
+        }
+        phi_sum += phis;
+        g_sum += gs;
+        if constexpr (kWrites) {
+          KD_UNROLL
+          for (int part = 0; part < kOfG; ++part) store_shared(of_g(i, part), pack<kFloat>(v + 4 * part));
+        }
       }
-    }
     });
   }
 
@@ -810,12 +796,13 @@ struct Rows {
     t.z = z;
     t.v = v;
     // Once a row, and so in double, whose functions are no approximations.
-    Terms<double> margins = binary_kl((double)margin(others.z, z_logs_of(others), t.z), (double)margin(others.v, v_logs_of(others), t.v));
+    const double of_z = margin(others.z, z_logs_of(others), t.z), of_v = margin(others.v, v_logs_of(others), t.v);
+    const Terms<double> margins = binary_kl(of_z, of_v);
     t.phi = (float)margins.phi;
     t.g = (float)margins.g;
     return t;
   }
-  KD_FN static float margin(const Side& others, const Logs& logs, float x) {
+  KD_FN static float margin(const Side& others, const Exponents& logs, float x) {
     logs.prepare(&x, 1, Flag<true>{});
     return others.sum == 0 ? x + kInf : logs(x);  // of nobody against nobody NaN
   }
@@ -883,11 +870,11 @@ struct Rows {
   KD_FN void write_gradient(const Row& r, const Row& after, const RowState& row, const Side& all, const Target& target,
                             float D_of_row, int label, float on_soft, float on_hard) const {
     const float base = base_z(row.top_z);
-    const Powers of_z = powers(row.z.ref, base, large_z(base), z_factor().k);
-    const Powers of_1 = powers(row.one.ref, base, of_z.large, a.one.k);
+    const Exponents of_z = powers(row.z.ref, base, large_z(base), z_factor().k);
+    const Exponents of_1 = powers(row.one.ref, base, of_z.large, a.one.k);
     const float over_v = base_v(row.top_v);
-    const Powers of_v = powers(row.v.ref, over_v, large_v(over_v), a.v.by.k);
-    const Logs z_logs = z_logs_of(row), v_logs = v_logs_of(row);
+    const Exponents of_v = powers(row.v.ref, over_v, large_v(over_v), a.v.by.k);
+    const Exponents z_logs = z_logs_of(row), v_logs = v_logs_of(row);
     float W = on_soft, A = 1, B = 1;  // W (A ez + B ev), or W (g - A ez)
     if constexpr (kPair) A = row.sum_g / row.z.sum;
     if constexpr (kTeacher && D::kCross && D::kTeacherWeighs) {
@@ -917,59 +904,59 @@ struct Rows {
       return;
     }
     either(of_z.large || (kTeacher && of_v.large), [&](auto large) {
-    for (int i = thread; i < (int)a.part; i += threads) {
-      float dz[kEach], z[kEach], v[kEach];
-      logits<false>(r, i, z);
-      if constexpr (kPair) {
-        KD_UNROLL
-        for (int part = 0; part < kOfG; ++part) unpack<kFloat>(load_shared(of_g(i, part)), v + 4 * part);
-      } else if constexpr (kTeacher) {
-        logits<true>(r, i, v);
-        of_v.prepare(v, kEach, large);
-      }
-      of_z.prepare(z, kEach, large);
-      KD_UNROLL
-      for (int j = 0; j < kEach; ++j) {
-        [[maybe_unused]] float ez = 0;
-        dz[j] = 0;
-        if constexpr (!kReverse || C::kHard == kSharedHard) ez = exp2_fast(of_z.exponent(z[j]));
+      for (int i = thread; i < (int)a.part; i += threads) {
+        float dz[kEach], z[kEach], v[kEach];
+        logits<false>(r, i, z);
         if constexpr (kPair) {
-          dz[j] = W * (v[j] - A * ez);
-        } else if constexpr (kReverse) {  // q (l - D), l = log(q / p)
-          const float lq = z_logs(z[j]), lp = v_logs(v[j]), q = kd_exp(lq);
-          float centred = q > 0 ? lq - lp - D_of_row : 0;
-          // Of exponents as large as those the last digit of l or D is a number of nats: where one class has all of the
-          // mass, they are the same.
-          if constexpr (decltype(large)::value) centred = q == 1 ? 0 : centred;
-          dz[j] = W * q * centred;
-        } else if constexpr (kTeacher) {
-          dz[j] = W * (A * ez + B * exp2_fast(of_v.exponent(v[j])));
-        }
-        if constexpr (!kTeacher || C::kStats)
-          if (!soft) dz[j] = 0;
-        if constexpr (C::kHard == kSharedHard) dz[j] += Z * ez;
-        if constexpr (kOwn) dz[j] += on_hard == 0 ? 0 : over_one * exp2_fast(of_1.exponent(z[j]));
-      }
-      if constexpr (kHasHard || D::kTarget) {
-        const int at = label - first_class(r, i);
-        if (label >= 0 && at >= 0 && at < kEach) {
           KD_UNROLL
-          for (int j = 0; j < kEach; ++j) {
-            if (j != at) continue;
-            if constexpr (D::kTarget) {
-              float likely = 0;
-              if constexpr (C::kHard == kSharedHard) likely = to_probability(all, lone(target.z, z_factor().k));
-              if constexpr (kOwn) likely = to_probability(row.one, lone(target.z, a.one.k));
-              dz[j] = (soft ? on_soft * d.alpha * target.g : 0) + (kHasHard ? on_hard * likely : 0);
+          for (int part = 0; part < kOfG; ++part) unpack<kFloat>(load_shared(of_g(i, part)), v + 4 * part);
+        } else if constexpr (kTeacher) {
+          logits<true>(r, i, v);
+          of_v.prepare(v, kEach, large);
+        }
+        of_z.prepare(z, kEach, large);
+        KD_UNROLL
+        for (int j = 0; j < kEach; ++j) {
+          [[maybe_unused]] float ez = 0;
+          dz[j] = 0;
+          if constexpr (!kReverse || C::kHard == kSharedHard) ez = exp2_fast(of_z(z[j]));
+          if constexpr (kPair) {
+            dz[j] = W * (v[j] - A * ez);
+          } else if constexpr (kReverse) {  // q (l - D), l = log(q / p)
+            const float lq = z_logs(z[j]), lp = v_logs(v[j]), q = kd_exp(lq);
+            float centred = q > 0 ? lq - lp - D_of_row : 0;
+            // Of exponents as large as those the last digit of l or D is a number of nats: where one class has all of the
+            // mass, they are the same.
+            if constexpr (decltype(large)::value) centred = q == 1 ? 0 : centred;
+            dz[j] = W * q * centred;
+          } else if constexpr (kTeacher) {
+            dz[j] = W * (A * ez + B * exp2_fast(of_v(v[j])));
+          }
+          if constexpr (!kTeacher || C::kStats)
+            if (!soft) dz[j] = 0;
+          if constexpr (C::kHard == kSharedHard) dz[j] += Z * ez;
+          if constexpr (kOwn) dz[j] += on_hard == 0 ? 0 : over_one * exp2_fast(of_1(z[j]));
+        }
+        if constexpr (kHasHard || D::kTarget) {
+          const int at = label - first_class(r, i);
+          if (label >= 0 && at >= 0 && at < kEach) {
+            KD_UNROLL
+            for (int j = 0; j < kEach; ++j) {
+              if (j != at) continue;
+              if constexpr (D::kTarget) {
+                float likely = 0;
+                if constexpr (C::kHard == kSharedHard) likely = to_probability(all, lone(target.z, z_factor().k));
+                if constexpr (kOwn) likely = to_probability(row.one, lone(target.z, a.one.k));
+                dz[j] = (soft ? on_soft * d.alpha * target.g : 0) + (kHasHard ? on_hard * likely : 0);
+              }
+              if constexpr (kHasHard) dz[j] -= on_hard;
             }
-            if constexpr (kHasHard) dz[j] -= on_hard;
           }
         }
+        write(r, i, dz);
+        if constexpr (!C::kShifted)
+          if (after.counts) fetch_one(after, i);
       }
-      write(r, i, dz);
-      if constexpr (!C::kShifted)
-        if (after.counts) fetch_one(after, i);
-    }
     });
   }
 
@@ -983,7 +970,7 @@ struct Rows {
                    float on_hard) const {
     Sums total{};
     const float base = base_z(row.top_z), over_one = on_hard / row.one.sum;
-    const Powers of_1 = powers(row.one.ref, base, large_z(base), a.one.k);
+    const Exponents of_1 = powers(row.one.ref, base, large_z(base), a.one.k);
     for (int i = thread; i < (int)a.part; i += threads) {
       float z[kEach], v[kEach], dz[kEach];
       const int first = first_class(r, i);
@@ -1000,11 +987,12 @@ struct Rows {
         if constexpr (kHasHard) {
           float x = z[j];
           of_1.prepare(&x, 1, Flag<true>{});
-          dz[j] += on_hard == 0 ? 0 : over_one * exp2_fast(of_1.exponent(x));
+          dz[j] += on_hard == 0 ? 0 : over_one * exp2_fast(of_1(x));
         }
         if constexpr (D::kBinary && C::kHard != kNoHard) {
           float y1 = 0;
-          if (inside) y1 = read_one(a.targets + offset(a.target_stride, r.n) + (long long)(first + j) * a.target_stride[3], (int)a.target_type);
+          const char* at = a.targets + offset(a.target_stride, r.n) + (long long)(first + j) * a.target_stride[3];
+          if (inside) y1 = read_one(at, (int)a.target_type);
           const bool right = (y > 0) == (y1 > 0.5f);
           // What is no probability makes its class NaN, and the loss.
           if (!(y1 >= 0 && y1 <= 1)) y1 = kNaN;
