@@ -115,7 +115,8 @@ CUDA_LABEL: str | None = None
 
 CUDA_SHARED = 232_448  # bytes that a block may have, on Hopper and Blackwell's large ones
 CUDA_CLUSTERS = (1, 2, 4, 8, 16)  # blocks: up to 8 everywhere, up to 16 where the GPU says so
-# Threads of a multiprocessor, and so registers of a thread: 64, or 80 where a class takes more of them.
+# Threads of a multiprocessor, and so registers of a thread: 64, or 96 where a class takes more of them, and
+# with 80 some of those builds spilled.
 #
 # Of wide rows that is one block: the fewest blocks that hold a row, as large as they can be. Share of the
 # copy bandwidth on an H100, bfloat16, with one, two and three blocks a multiprocessor:
@@ -124,7 +125,7 @@ CUDA_CLUSTERS = (1, 2, 4, 8, 16)  # blocks: up to 8 everywhere, up to 16 where t
 #   16,384 x 32,000   forward KL 91, 80, 83     TVD 72, 57, 55   JSD 61, 50, 48
 # Larger clusters wait longer for their slowest block, and of four blocks and more they leave 12 of the 132
 # multiprocessors empty, which the groups that the hardware has them in don't divide into.
-CUDA_RESIDENT = {"light": 1024, "heavy": 768}
+CUDA_RESIDENT = {"light": 1024, "heavy": 640}
 # Vectors of each side that a thread has, at least: fewer, and most of the work is sums over threads.
 CUDA_ROUNDS = 4
 CUDA_RESERVED = 1024  # bytes of shared memory that the system takes of every block

@@ -425,7 +425,11 @@ struct Rows {
         }
       } else {
 #pragma unroll 1
-        for (int j = 0; j < kEach; ++j) x[j] = first + j < 0 ? 0 : normal_at(noise, first + j, sigma);
+        for (int j = 0; j < kEach; ++j) {
+          const float sample = first + j < 0 ? 0 : normal_at(noise, first + j, sigma);
+          KD_UNROLL
+          for (int k = 0; k < kEach; ++k) x[k] = k == j ? sample : x[k];  // never by a number that varies: registers have none
+        }
       }
     }
   }

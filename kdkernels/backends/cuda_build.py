@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
@@ -50,7 +51,7 @@ DIVERGENCES = {
 # Those whose g is computed in a phase of its own, and those of many registers.
 _POWERS = {"AlphaBeta", "AlphaBetaAny", "AlphaBetaLimit"}
 OPEN = {"JSD", "SkewKL", "SkewReverseKL", "TVD", "SquaredError"} | _POWERS
-HEAVY = {"DKD"} | _POWERS
+HEAVY = {"DKD", "BinaryKL"} | _POWERS
 NO_DIVERGENCE = "NoDivergence"  # of kd_cuda.cu: no soft term
 
 
@@ -179,9 +180,17 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@cache
+_IMPORTING = threading.Lock()
+
+
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
+    with _IMPORTING:  # two threads that import cuda.core at once see half of it
+        return _missing()
+
+
+@cache
+def _missing() -> str | None:
     install = "pip install 'kdkernels[cuda]'"
     try:
         from cuda.core import ObjectCode, Program, ProgramOptions  # noqa: F401
