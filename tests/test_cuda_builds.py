@@ -1,7 +1,6 @@
 """What NVRTC makes of the row kernel for GPUs that need not be here: registers, memory, and its main loops.
 
-A build takes a second or more, and so these are every divergence in every mode, with options in turn; each
-option is there with each mode.
+A build takes a second or more, and so there is one of each divergence in each mode, with options in turn.
 """
 
 from __future__ import annotations
@@ -50,9 +49,8 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 # These take ten times as long to compile, and so are of few.
 NOISE: dict[str, Any] = {"hard": "kSharedHard", "z_noise": "kMultiplicative", "v_noise": "kAdditive"}
 NOISED = {"SoftCrossEntropy": "kLoss", "LogitMSE": "kGradient", NO_DIVERGENCE: "kScaledGradient"}
-# Bytes of local memory that are known: numbers of a thread that its code indexes, or that had no register.
-SPILLED = {("sm_100", "AlphaBetaLimit"): 16}
-OF_NOISE = 96
+# Bytes of local memory where registers don't do: without a hard term its loop is unrolled on sm_90.
+SPILLED = {("sm_90", "BinaryKL", "kNoHard"): 64}
 
 
 def builds(arch: str, template: str) -> list[tuple[Build, CudaConfig]]:
@@ -66,7 +64,10 @@ def builds(arch: str, template: str) -> list[tuple[Build, CudaConfig]]:
                 "hard": "kSharedHard",
                 **{k: v for k, v in options.items() if k not in ("hard", "v_noise")},
             }
-        build = Build(template, type=TYPES[(t + m + o) % 3], mode=mode, **options)
+        kind = TYPES[(t + m + o) % 3]
+        if (mode, kind) == ("kGradient", "kHalf"):  # float16 has its gradient in backward
+            kind = TYPES[2 * (t % 2)]
+        build = Build(template, type=kind, mode=mode, **options)
         fitted, config = build.fitted(VOCABULARIES[(t + m) % 2], tuning.CUDA_SHARED)
         assert config is not None
         found.append((fitted, config))
@@ -82,7 +83,9 @@ def test_the_builds_are_enough() -> None:
             assert {kind[1:] for kind in kinds if kind[0] == mode} >= {
                 (False, False, False), (False, False, True), (True, False, True), (False, True, True)
             }  # fmt: skip
-            assert {b.type for b in made if b.mode == mode} == set(TYPES)
+            assert {b.type for b in made if b.mode == mode} == set(TYPES) - (
+                {"kHalf"} if mode == "kGradient" else set()
+            )
         assert {b.mode for b in made if b.z_noise != "kNoNoise"} == set(MODES)
 
 
@@ -122,7 +125,7 @@ def test_builds_have_what_they_need(arch: str, template: str, tmp_path: Path) ->
     made = builds(arch, template)
     for (build, config), code in zip(made, compiled([build.unit() for build, _ in made], arch), strict=True):
         found = usage(code, tmp_path)
-        known = OF_NOISE if build.z_noise != "kNoNoise" else SPILLED.get((arch, template), 0)
+        known = SPILLED.get((arch, template, build.hard), 0)
         assert found.stack <= known and found.local == 0, (build, found)
         # A warp's registers are given out by 256.
         registers = -(-found.registers // 8) * 8
