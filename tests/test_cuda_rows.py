@@ -142,8 +142,8 @@ def rows_of(case: Case, kind: str, vocab: int, generator: torch.Generator) -> tu
     elif kind == "sharp":
         z, v = 6 * z, 6 * v
     if kind == "far from zero":
-        # Exponents beyond 2^20 are computed another way. Not 1e10, as in test_semantics.py: there the gradient
-        # of reverse KL, a difference of sums in float32, is an ulp of them off.
+        # Exponents beyond 2^20 are computed another way. Not 1e10, as in test_semantics.py: there the
+        # gradient of reverse KL, a difference of sums in float32, is an ulp of them off.
         farthest = 3e4 if case.dtype is torch.float16 else -3e6
         far = torch.tensor([[0.0, 1e4, -1e4], [100.0, farthest, -30.0]])[..., None]
         z, v = z + far, v + far / 2
