@@ -49,7 +49,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 # These take ten times as long to compile, and so are of few.
 NOISE: dict[str, Any] = {"hard": "kSharedHard", "z_noise": "kMultiplicative", "v_noise": "kAdditive"}
 NOISED = {"SoftCrossEntropy": "kLoss", "LogitMSE": "kGradient", NO_DIVERGENCE: "kScaledGradient"}
-# Bytes of local memory where registers do not do: one build of all, whose eight classes at once want more than 96.
+# Bytes of local memory where registers do not do: one build of all, whose classes at once want more than 96.
 SPILLED = {("sm_90", "BinaryKL", "kNoHard"): 64}
 
 

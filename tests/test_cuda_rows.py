@@ -17,7 +17,7 @@ from cuda_shim import CUDA, LaunchError, why_not
 from tolerances import RAW, assert_within_budget, check, fitting, keywords, our_result
 from tolerances import arguments as arguments_of
 from torch import Tensor
-from truth import Options
+from truth import Options, truth
 
 import kdkernels as kd
 from kdkernels.backends.cuda_build import INCLUDE, NO_DIVERGENCE, TYPES, Build, divergence_name
@@ -142,8 +142,7 @@ def rows_of(case: Case, kind: str, vocab: int, generator: torch.Generator) -> tu
     elif kind == "sharp":
         z, v = 6 * z, 6 * v
     if kind == "far from zero":
-        # Exponents beyond 2^20 are computed another way. Not 1e10, as in test_semantics.py: there the
-        # gradient of reverse KL, a difference of sums in float32, is an ulp of them off.
+        # Exponents beyond 2^20 are computed another way.
         farthest = 3e4 if case.dtype is torch.float16 else -3e6
         far = torch.tensor([[0.0, 1e4, -1e4], [100.0, farthest, -30.0]])[..., None]
         z, v = z + far, v + far / 2
@@ -431,3 +430,16 @@ def test_copies_that_nobody_waited_for_are_missed(layout: str, monkeypatch: pyte
     plant(monkeypatch, "      copies_done();\n", "")
     with pytest.raises(AssertionError, match="outside the budget"):
         sanitized("", FLAWED._replace(layout=layout), 64, {})
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", 0.5, "tvd"])
+def test_exponents_larger_than_any_rounding(name: Any) -> None:
+    """As in test_semantics.py: at 1e10 an ulp is 1,024, and the largest logit has all of the mass all the
+    same."""
+    z, v = (1e10 * torch.randn(3, 3000) for _ in range(2))
+    options = Options(name, temperature=3.0)
+    with cuda_on_cpu(Split(2, 64)):
+        loss, grad = our_result(z, v, None, options, "cuda")
+    exact = truth(z, v, None, options)
+    torch.testing.assert_close(loss.double(), exact.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-6, atol=1e-6)
