@@ -3,13 +3,12 @@
 // A cluster takes a row, and each of its blocks a part of it, which is copied to shared memory once and read there by every
 // phase: (1) the normalisers of both sides and, where the divergence has a closed form, its cross sum; (2) for the others,
 // the sums of phi and g, of which g is kept; (3) the gradient. Phase 3 gives up a vector after the other, in whose place
-// the next row is copied. A multiprocessor has as many blocks as fit, of different clusters, so that one computes while
-// others wait for memory or for each other.
+// the next row is copied. Of narrow rows a multiprocessor has several blocks, so that one computes while others wait.
 //
 // Between the phases the threads of a row add up what they have, each relative to the largest logits of its own: a warp by
 // shuffles, a block in shared memory, a cluster by a message from every block to every other.
 //
-// kdkernels/backends/cuda.py writes the few lines that say what is built: a Config, and a kernel that calls rows<Config>.
+// kdkernels/backends/cuda_build.py writes the few lines that say what is built: a Config, and a kernel that calls rows<Config>.
 // divergence.h, row.h and philox.h have the formulas, which the CPU library compiles, too.
 
 #ifdef KD_DEVICE
