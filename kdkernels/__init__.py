@@ -7,6 +7,7 @@ from .integrations import hf
 from .modules import KDLoss
 from .noise import LogitNoise
 from .sources import Head, Logits, Mixture
+from .sparse import Sampled, TopK
 
 __all__ = [
     "DKD",
@@ -21,8 +22,10 @@ __all__ = [
     "LogitNoise",
     "Logits",
     "Mixture",
+    "Sampled",
     "SkewKL",
     "SkewReverseKL",
+    "TopK",
     "check_divergence",
     "explain",
     "gkd",

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import tuning
 from .reference import compute_dtype, counted_rows
 from .sources import Projection
+from .sparse import Sparse
 from .spec import Call, LossSpec
 
 Wanted = tuple[bool, bool, bool]  # gradients of hidden states (or logits), weight, bias
@@ -124,9 +125,12 @@ def part_of(call: Call, rows: Rows, begin: int, end: int, items: Tensor | float 
     def each(x: Tensor | None, trailing: int = 0) -> Tensor | None:
         return None if x is None else rows.take(x, begin, end, trailing)
 
-    mixture = call.mixture
+    mixture, stored = call.mixture, call.sparse
     if mixture is not None and mixture.dim() > 1:
         mixture = each(mixture, 1)
+    if stored is not None:
+        ids, log_p = (rows.take(x, begin, end, 1) for x in stored[:2])
+        stored = Sparse(ids, log_p, each(stored.rest), each(stored.extra))
     return call._replace(
         student=student,
         teachers=tuple(side(v) for v in call.teachers),
@@ -136,6 +140,7 @@ def part_of(call: Call, rows: Rows, begin: int, end: int, items: Tensor | float 
         token_weights=each(call.token_weights),
         num_items=items,
         spec=_further(call.spec, begin),
+        sparse=stored,
     )
 
 
@@ -288,6 +293,9 @@ def _bytes_of_sides(call: Call, want: Wanted, dropped: bool) -> tuple[int, int, 
         )
     if dropped and call.spec.row.binary and call.labels is not None:
         parts.append(call.labels.shape[-1] * call.labels.dtype.itemsize)
+    if dropped and call.sparse is not None:
+        stored = (x for x in call.sparse if x is not None)
+        parts.append(sum(x.nbytes for x in stored) // max(1, call.student.shape[:-1].numel()))
     return chunk, sum(parts), always
 
 

@@ -17,10 +17,12 @@ from .chunks import Job, Plan, bytes_of
 from .divergences import Parametrised
 from .noise import LogitNoise, Noise, seed_tensor
 from .sources import LOGIT_DTYPES, Head, Logits, Mixture, PostProcessing, unwrap, unwrap_teachers
+from .sparse import Sampled, Sparse, Stored, TopK
 from .spec import Call, LossSpec, make_spec, new_spec
+from .stored import check_meaning, check_stored, floats_of, sparse
 
 Source = Tensor | Logits | Head
-Teacher = Tensor | Logits | Head | Mixture
+Teacher = Tensor | Logits | Head | Mixture | TopK | Sampled
 Reduction = Literal["mean", "sum", "none"]
 BackendName = Literal["reference", "cpu", "triton", "cuda"]
 
@@ -402,34 +404,13 @@ def job_of(student: Source, teacher: Teacher, labels: Tensor | None = None, **op
 def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
     """The arguments of `kd_loss`, with every option given, checked and as backends take them."""
     z, z_options = unwrap("student", student)
-    teachers, v_options, mixture = unwrap_teachers(teacher, z.dtype)
+    stored = teacher if isinstance(teacher, Stored) else None
+    teachers, v_options, mixture = ([], [], None) if stored else unwrap_teachers(teacher, z.dtype)
     spec = _spec(options, z_options, tuple(v_options), stats)
-    v = teachers[0]  # the others are like it
-    if z.shape[:-1] != v.shape[:-1]:
-        raise ValueError(
-            f"teacher must have the student's leading shape {tuple(z.shape[:-1])}, got {tuple(v.shape[:-1])} "
-            f"(student {tuple(z.shape)}, teacher {tuple(v.shape)}); expand or slice one of them"
-        )
-    classes = z.shape[-1]
-    if v.shape[-1] != classes:
-        if not options["pad_vocab"]:
-            raise ValueError(
-                f"student and teacher must have the same vocabulary, got V = {classes} and "
-                f"V = {v.shape[-1]}: if the tokenizers agree on the shared ids and the rest is padding, pass "
-                "pad_vocab=True (classes beyond the smaller V leave both softmaxes) or slice the larger one; "
-                "else the two don't speak of the same classes"
-            )
-        if spec.row.binary:
-            raise ValueError(
-                f"pad_vocab is about vocabularies, and divergence={spec.divergence!r} has a question for "
-                f"each class: slice both sides and the labels to the same classes, got V = {classes} and "
-                f"V = {v.shape[-1]}"
-            )
-        classes = min(classes, v.shape[-1])
-    if v.device != z.device:
-        raise ValueError(
-            f"teacher must be on the student's device {z.device}, got {v.device}; move it with .to"
-        )
+    if stored is None:
+        classes = _common_classes(z, teachers[0], spec, options["pad_vocab"])  # the others are like it
+    else:
+        classes = _classes_of_stored(z, stored, spec, options)
     if mixture is not None and spec.row.normaliser != "softmax" and not spec.row.binary:
         raise ValueError(
             f"divergence={spec.divergence!r} compares logits, and kd.Mixture averages probabilities, which "
@@ -442,7 +423,7 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
     teacher_requires_grad = options["teacher_requires_grad"]
     if teacher_requires_grad not in _TEACHER_CHOICES:
         _check_choice("teacher_requires_grad", teacher_requires_grad, _TEACHER_CHOICES)
-    if any(v.requires_grad for v in teachers):
+    if any(v.requires_grad for v in (floats_of(stored) if stored else teachers)):
         if teacher_requires_grad == "error" and torch.is_grad_enabled():
             raise ValueError(
                 "teacher requires grad, and kd_loss gives it none: compute it under torch.no_grad() or pass "
@@ -483,10 +464,66 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
         raise ValueError(f"labels must be given with hard_weight={spec.hard_weight}, got None")
     if mixture is not None and z.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_mixture(mixture, mask, labels, spec)
-    return Call(
+    call = Call(
         z, tuple(teachers), mixture, labels, mask, token_weights, num_items,
         *_seeds(options, z.device), spec, classes,
     )  # fmt: skip
+    return call if stored is None else call._replace(sparse=_sparse(stored, call))
+
+
+def _common_classes(z: Tensor, v: Tensor, spec: LossSpec, pad_vocab: bool) -> int:
+    """How many classes student and teacher have in common; raises on logits that don't fit each other."""
+    if z.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            f"teacher must have the student's leading shape {tuple(z.shape[:-1])}, got {tuple(v.shape[:-1])} "
+            f"(student {tuple(z.shape)}, teacher {tuple(v.shape)}); expand or slice one of them"
+        )
+    classes = z.shape[-1]
+    if v.shape[-1] != classes:
+        if not pad_vocab:
+            raise ValueError(
+                f"student and teacher must have the same vocabulary, got V = {classes} and "
+                f"V = {v.shape[-1]}: if the tokenizers agree on the shared ids and the rest is padding, pass "
+                "pad_vocab=True (classes beyond the smaller V leave both softmaxes) or slice the larger one; "
+                "else the two don't speak of the same classes"
+            )
+        if spec.row.binary:
+            raise ValueError(
+                f"pad_vocab is about vocabularies, and divergence={spec.divergence!r} has a question for "
+                f"each class: slice both sides and the labels to the same classes, got V = {classes} and "
+                f"V = {v.shape[-1]}"
+            )
+        classes = min(classes, v.shape[-1])
+    if v.device != z.device:
+        raise ValueError(
+            f"teacher must be on the student's device {z.device}, got {v.device}; move it with .to"
+        )
+    return classes
+
+
+def _classes_of_stored(z: Tensor, stored: Stored, spec: LossSpec, options: dict[str, Any]) -> int:
+    """The student's classes; raises on a stored teacher that doesn't fit, and on what it can't answer."""
+    kind = f"kd.{type(stored).__name__}"
+    check_stored(stored, z.shape[:-1], z.device)
+    check_meaning(stored, spec.row, spec.params, spec.temperature)
+    if options["teacher_noise"] is not None:
+        raise ValueError(
+            f"teacher_noise must be None with {kind}: noise on logits changes how much is in the tail, and "
+            "that isn't stored; put noise on the teacher before it is stored, or on the student"
+        )
+    if options["pad_vocab"]:
+        raise ValueError(
+            f"pad_vocab must be False with {kind}, which doesn't say how many classes the teacher has: "
+            "classes beyond them are part of the tail; slice the student's logits or head to leave them out"
+        )
+    return z.shape[-1]
+
+
+def _sparse(stored: Stored, call: Call) -> Sparse:
+    R = reference.compute_dtype(call.student, ())
+    rows, spec = reference.counted_rows(call), call.spec
+    with torch.autocast(call.student.device.type, enabled=False):
+        return sparse(stored, spec.temperature, rows, call.classes, R, spec.divergence == "forward_kl")
 
 
 def _seeds(options: dict[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:

@@ -22,12 +22,14 @@ from .chunks import Job, Wanted
 from .noise import Noise
 from .reference import check_labels, compute_dtype
 from .sources import Projection
+from .sparse import Sparse
 from .spec import STATS, Call, LossSpec, state_rows
 
 # Of both kinds of calls, after their sides.
 _OPTIONS = (
     "Tensor? mixture, Tensor? labels, Tensor? mask, "
-    "Tensor? token_weights, Tensor? num_items, Tensor? student_seed, Tensor? teacher_seed, Tensor options, "
+    "Tensor? token_weights, Tensor? num_items, Tensor? student_seed, Tensor? teacher_seed, "
+    "Tensor? ids, Tensor? log_p, Tensor? rest, Tensor? extra, Tensor options, "
     "str divergence, str noise, int ignore_index, str reduction, bool stats, SymInt classes, str keep, "
     "str? backend"
 )
@@ -54,10 +56,10 @@ def kd_loss(call: Call, backend: str | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _options(call: Call, keep: str, backend: str | None) -> tuple[Any, ...]:
-    _, _, mixture, labels, mask, token_weights, num_items, z_seed, v_seed, spec, classes = call
+    _, _, mixture, labels, mask, token_weights, num_items, z_seed, v_seed, spec, classes, stored = call
     tensor, number = (num_items, None) if isinstance(num_items, Tensor) else (None, num_items)
     return (
-        mixture, labels, mask, token_weights, tensor, z_seed, v_seed,
+        mixture, labels, mask, token_weights, tensor, z_seed, v_seed, *(stored or (None,) * 4),
         pack(spec, number), spec.divergence, kind_of(spec.student_noise) + kind_of(spec.teacher_noise),
         spec.ignore_index, spec.reduction, spec.stats, classes, keep, backend,
     )  # fmt: skip
@@ -96,7 +98,8 @@ def _noise(kind: str, numbers: list[float]) -> Noise | None:
 
 def _unpack(student: Any, teachers: Sequence[Any], options: tuple[Any, ...]) -> tuple[Call, Any]:
     """The call of a node, and the backend that runs it."""
-    mixture, labels, mask, token_weights, num_items, z_seed, v_seed, packed, *fixed = options
+    mixture, labels, mask, token_weights, num_items, z_seed, v_seed, *stored = options[:11]
+    packed, *fixed = options[11:]
     divergence, noise, ignore_index, reduction, stats, classes, _, backend = fixed
     numbers = packed.tolist()
     weights, given, sides, params = numbers[:4], numbers[4], numbers[11:], numbers[13 + 2 * len(teachers) :]
@@ -109,7 +112,7 @@ def _unpack(student: Any, teachers: Sequence[Any], options: tuple[Any, ...]) -> 
         num_items = given
     call = Call(
         student, tuple(teachers), mixture, labels, mask, token_weights, num_items, z_seed, v_seed, spec,
-        classes,
+        classes, None if stored[0] is None else Sparse(*stored),
     )  # fmt: skip
     chosen = registry.choose(backend, call)
     if chosen.name == "reference":
@@ -141,7 +144,8 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.register_fake("kdkernels::kd_loss_v1")
 def _forward_shapes(
     student: Tensor, teachers: list[Tensor], mixture: Any, labels: Any, mask: Any, token_weights: Any,
-    num_items: Any, student_seed: Any, teacher_seed: Any, options: Tensor, divergence: str, noise: str,
+    num_items: Any, student_seed: Any, teacher_seed: Any, ids: Any, log_p: Any, rest: Any, extra: Any,
+    options: Tensor, divergence: str, noise: str,
     ignore_index: int, reduction: str, stats: bool, classes: int, keep: str, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     R, leading = compute_dtype(student, teachers), student.shape[:-1]

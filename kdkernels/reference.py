@@ -14,6 +14,7 @@ from torch import Tensor
 from .divergences import Divergence
 from .expressions import phi_binary_cross_entropy, phi_binary_kl
 from .noise import STUDENT, Noise, noised
+from .sparse import Sparse
 from .spec import Call, LossSpec
 
 # What stands for the label of a row that has none and needs one.
@@ -34,7 +35,9 @@ def kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
 
 
 def _kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
-    student, teachers, mixture, labels, _, token_weights, num_items, z_seed, v_seed, spec, classes = call
+    student, teachers, mixture, labels, _, token_weights, num_items, z_seed, v_seed, spec, classes, stored = (
+        call
+    )
     R = compute_dtype(student, teachers)
     rows = counted_rows(call)  # [...] bool
     T = spec.temperature
@@ -47,11 +50,14 @@ def _kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
         _noised(_logits(v, rows, classes, R, options), spec.teacher_noise, v_seed, 2 * m)
         for m, (v, options) in enumerate(zip(teachers, spec.teachers, strict=True))
     ]
-    v = each[0] if mixture is None else T * mixed([x / T for x in each], mixture.to(R), rows, spec.row)
+    if mixture is not None:
+        each = [T * mixed([x / T for x in each], mixture.to(R), rows, spec.row)]
 
     zero = z.new_zeros(z.shape[:-1])
     target, labelled = targets(call, rows) if labels is not None else (None, zero.bool())
-    soft = soft_term(z, v, target, spec) if spec.soft_weight != 0 or spec.stats else zero
+    soft = zero
+    if spec.soft_weight != 0 or spec.stats:
+        soft = soft_term(z, each[0], target, spec) if stored is None else stored_term(z, stored, spec)
     hard = (
         hard_term(z, target, labelled, spec.row)
         if target is not None and (spec.hard_weight != 0 or spec.stats)
@@ -69,7 +75,13 @@ def _kd_loss(call: Call) -> tuple[Tensor, Tensor | None]:
         loss = loss * torch.where(rows, token_weights.to(R), 0.0)
     stats = None
     if spec.stats:
-        stats = _stats(z.detach(), v, soft.detach(), hard.detach(), target, rows, labelled, num_items, spec)
+        if stored is None:
+            teacher = _figures(each[0], T, spec.row.binary)
+        else:
+            teacher = stored_figures(stored)
+        stats = _stats(
+            z.detach(), teacher, soft.detach(), hard.detach(), target, rows, labelled, num_items, spec
+        )
     return reduce(loss, rows, num_items, spec.reduction), stats
 
 
@@ -144,6 +156,40 @@ def soft_term(z: Tensor, v: Tensor, target: Tensor | None, spec: LossSpec) -> Te
         classes = finite.sum(-1, keepdim=True).clamp(min=1)
         y, u = (x - torch.where(finite, x, 0.0).sum(-1, keepdim=True) / classes for x in (y, u))
     return _sum(divergence, params, y, u)
+
+
+def stored_term(z: Tensor, stored: Sparse, spec: LossSpec) -> Tensor:
+    """D(p, q) of each row over the stored classes and, unless both sides are renormalised, the tail."""
+    y = z / spec.temperature
+    there = stored.ids >= 0
+    # A column beyond the last class, for what is no class.
+    columns = torch.where(there, stored.ids, y.shape[-1])
+    kept = torch.nn.functional.pad(y, (0, 1), value=-torch.inf).gather(-1, columns)
+    nobody = ~there.any(-1, keepdim=True)
+    if stored.rest is None:
+        lq = torch.log_softmax(kept.masked_fill(nobody, 0.0), -1).masked_fill(~there, -torch.inf)
+        lp = stored.log_p
+    else:
+        others = torch.nn.functional.pad(y, (0, 1), value=-torch.inf).scatter(-1, columns, -torch.inf)
+        # A sum of nothing has no gradient, and autograd of its logarithm is NaN.
+        alone = torch.isneginf(others).all(-1)
+        rest = torch.logsumexp(others.masked_fill(alone.unsqueeze(-1), 0.0), -1).masked_fill(
+            alone, -torch.inf
+        )
+        lq = torch.log_softmax(torch.cat([kept, rest.unsqueeze(-1)], -1), -1)
+        lp = torch.cat([stored.log_p, stored.rest.unsqueeze(-1)], -1)
+    soft = _sum(spec.row, spec.params, lq, lp)
+    return soft if stored.extra is None else soft + stored.extra
+
+
+def stored_figures(stored: Sparse) -> tuple[Tensor, Tensor]:
+    """Entropy of a stored teacher, its tail one class, and its most probable stored class."""
+    log_p, rest = stored.log_p, stored.rest
+    best = stored.ids.gather(-1, log_p.argmax(-1, keepdim=True)).squeeze(-1)
+    if rest is not None:
+        log_p = torch.cat([log_p, rest.unsqueeze(-1)], -1)
+    p = log_p.exp()
+    return -(p * torch.where(p == 0, 0.0, log_p)).sum(-1), best
 
 
 def _sum(divergence: Divergence, params: tuple[float, ...], lq: Tensor, lp: Tensor) -> Tensor:
@@ -279,9 +325,14 @@ def reduce(loss: Tensor, rows: Tensor, num_items: Tensor | float | None, reducti
     return loss.sum() / torch.where(counted == 0, 1.0, items)
 
 
+def _figures(v: Tensor, T: float, binary: bool) -> tuple[Tensor, Tensor]:
+    """Entropy of a teacher, and its most probable class, or which of its binary ones are likely."""
+    return (_binary_entropy(v / T), v > 0) if binary else (_entropy(v / T), v.argmax(-1))
+
+
 def _stats(
     z: Tensor,
-    v: Tensor,
+    teacher: tuple[Tensor, Tensor],
     soft: Tensor,
     hard: Tensor,
     target: Tensor | None,
@@ -296,21 +347,21 @@ def _stats(
     def over(x: Tensor, n: Tensor) -> Tensor:
         return torch.where(rows, x, 0.0).sum() / n.clamp(min=1)
 
+    entropy_v, best_v = teacher
+    entropy_z, best = _figures(z, T, spec.row.binary)
     if spec.row.binary:
-        best_z, best_v, entropy = z > 0, v > 0, _binary_entropy
-        agrees = (best_z == best_v).to(z.dtype).mean(-1)
-        correct = None if target is None else (best_z == (target > 0.5)).to(z.dtype).mean(-1)
+        agrees = (best == best_v).to(z.dtype).mean(-1)
+        correct = None if target is None else (best == (target > 0.5)).to(z.dtype).mean(-1)
     else:
-        best, entropy = z.argmax(-1), _entropy
-        agrees = (best == v.argmax(-1)).to(z.dtype)
+        agrees = (best == best_v).to(z.dtype)
         correct = None if target is None else (labelled & (best == target)).to(z.dtype)
     terms = "mean" if spec.reduction == "none" else spec.reduction
     return torch.stack(
         [
             reduce(torch.where(rows, spec.t_factor * soft, 0.0), rows, num_items, terms),
             reduce(torch.where(rows, hard, 0.0), rows, num_items, terms),
-            over(entropy(z / T), counted),
-            over(entropy(v / T), counted),
+            over(entropy_z, counted),
+            over(entropy_v, counted),
             over(agrees, counted),
             counted * 0.0 if correct is None else over(correct, answered),
             counted.to(z.dtype),

@@ -12,6 +12,7 @@ from torch import Tensor
 from .divergences import TABLE, Divergence, Parametrised, resolve
 from .noise import Noise
 from .sources import PostProcessing
+from .sparse import Sparse
 
 REDUCTIONS = ("mean", "sum", "none")
 STATS = 7  # figures of `KDStats`
@@ -61,7 +62,8 @@ class Call(NamedTuple):
 
     Attributes:
         student: Raw logits, `[..., V]`.
-        teachers: Raw logits of the same leading shape, of any dtypes and strides; detached.
+        teachers: Raw logits of the same leading shape, of any dtypes and strides; detached. None where there
+            is `sparse`.
         mixture: The teachers' weights, float32 or float64, `[M]` or `[..., M]`, which sum to 1; or None,
             where there is one teacher.
         labels: int64, `[...]`; floats `[..., V]` for a binary divergence; or None.
@@ -72,6 +74,7 @@ class Call(NamedTuple):
         teacher_seed: Of the teachers', likewise.
         spec: All other options.
         classes: How many leading classes both softmaxes span.
+        sparse: What is known of a stored teacher, in the place of logits; or None.
     """
 
     student: Tensor
@@ -85,6 +88,7 @@ class Call(NamedTuple):
     teacher_seed: Tensor | None
     spec: LossSpec
     classes: int
+    sparse: Sparse | None = None
 
 
 def _finite(name: str, value: float) -> float:

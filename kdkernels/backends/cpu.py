@@ -67,7 +67,7 @@ class CpuBackend:
 
     def supports(self, call: Call) -> str | None:
         """None: whatever it knows, of any shape."""
-        return None
+        return None if call.sparse is None else "has no kernel of stored teachers"
 
     def forward(
         self, call: Call, keep: str, out: Tensor | None = None
@@ -151,9 +151,20 @@ class CpuBackend:
         upstream: Tensor | None = None,
     ) -> None:
         library = self._library
-        student, teachers, mixture, labels, mask, token_weights, num_items, z_seed, v_seed, spec, classes = (
-            call
-        )
+        (
+            student,
+            teachers,
+            mixture,
+            labels,
+            mask,
+            token_weights,
+            num_items,
+            z_seed,
+            v_seed,
+            spec,
+            classes,
+            _,
+        ) = call
         targets = labels if spec.row.binary else None
         sides = [student, *teachers] if targets is None else [student, *teachers, targets]
         sides, shape, strides = common_rows(sides, _MAX_DIMS)

@@ -100,6 +100,8 @@ class CudaBackend:
         """None for one teacher of the student's dtype, of rows that fit on the chip; else why not."""
         student, teachers = call.student, call.teachers
         dtype, width = student.dtype, student.shape[-1]
+        if call.sparse is not None:
+            return "has no kernel of stored teachers"
         if call.mixture is not None:
             return "takes one teacher, not a kd.Mixture"
         if dtype not in TYPES:
@@ -210,7 +212,7 @@ class CudaBackend:
         figures: Tensor | None = None,
         upstream: Tensor | None = None,
     ) -> None:
-        student, teachers, _, labels, mask, weights, _, z_seed, v_seed, spec, classes = call
+        student, teachers, _, labels, mask, weights, _, z_seed, v_seed, spec, classes, _ = call
         rows, width = student.shape[:-1].numel(), student.shape[-1]
         if rows == 0:
             return

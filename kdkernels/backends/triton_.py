@@ -58,7 +58,7 @@ class TritonBackend:
 
     def supports(self, call: Call) -> str | None:
         """None: all that the reference does."""
-        return None
+        return None if call.sparse is None else "has no kernel of stored teachers"
 
     def forward(
         self, call: Call, keep: str, out: Tensor | None = None

@@ -236,7 +236,7 @@ def launch(
     upstream: Tensor | None = None,
 ) -> None:
     """One program a row: reads or fills whatever of these the mode is about."""
-    student, teachers, mixture, labels, mask, token_weights, _, z_seed, v_seed, spec, classes = call
+    student, teachers, mixture, labels, mask, token_weights, _, z_seed, v_seed, spec, classes, _ = call
     rows, width = student.shape[:-1].numel(), student.shape[-1]
     if rows == 0:
         return
