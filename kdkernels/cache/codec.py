@@ -73,7 +73,7 @@ class TopKCodec:
         top = x.max(1, keepdims=True)
         top = np.where(np.isfinite(top), top, 0.0)
         depth = np.where(x - top < -self.deepest, np.inf, top - x)
-        odds = np.where(np.isinf(depth).all(1, keepdims=True), np.inf, odds)
+        odds = np.where(np.isinf(depth).all(1, keepdims=True), np.inf, np.minimum(odds, _ODDS))
         codes = _odds_codes(odds)
         kept = _odds_of(codes)
         exact = [_with_tail(-depth / t, odds[:, n]) for n, t in enumerate(self.temperatures)]
@@ -139,13 +139,16 @@ class TopKCodec:
             raise CacheError("there is probability where there is no class")
         # In float32, as it is returned, before anything is summed.
         x = (-self._depths(levels, range_)).astype(np.float32).astype(np.float64)
-        odds = _odds_of(rows[:, self._at_odds : self.bytes].copy().view("<u2"))
+        codes = rows[:, self._at_odds : self.bytes].copy().view("<u2")
+        if ((codes == _ALL_TAIL) != (levels == NOTHING).all(1)[:, None]).any():
+            raise CacheError("the classes of a row and its tail don't agree on whether all is tail")
+        odds = _odds_of(codes)
         log_head = -np.logaddexp(0.0, odds)  # log(1 − tail)
         one = self.temperatures.index(1.0)
-        log_probs[:] = x - _finite(_log_sum_exp(x) - log_head[:, one])[:, None]
+        log_probs[:] = x - _normalizer(x, log_head[:, one])[:, None]
         x = log_probs.astype(np.float64)
         for n, t in enumerate(self.temperatures):
-            lse[n] = _finite(_log_sum_exp(x / t) - log_head[:, n])
+            lse[n] = _normalizer(x / t, log_head[:, n])
 
     def _levels(self, depth: Floats, range_: NDArray[np.float16]) -> Ints:
         whole = self._companded(range_.astype(np.float64))[:, None]
@@ -203,7 +206,7 @@ def codec_of(manifest: Manifest) -> TopKCodec | SampledCodec:
 def _with_tail(x: Floats, odds: Floats) -> Floats:
     """Probabilities `[n, k + 1]` of the classes and, last, of the tail."""
     log_head, log_tail = -np.logaddexp(0.0, odds), -np.logaddexp(0.0, -odds)
-    log_p = x - _finite(_log_sum_exp(x) - log_head)[:, None]
+    log_p = x - _normalizer(x, log_head)[:, None]
     return np.exp(np.concatenate([log_p, log_tail[:, None]], axis=1))
 
 
@@ -214,9 +217,11 @@ def _log_sum_exp(x: Floats) -> Floats:
         return top + np.log(np.exp(x - top[:, None]).sum(1))
 
 
-def _finite(lse: Floats) -> Floats:
-    """0 where no class has any probability: −inf less anything is still that."""
-    return np.where(np.isfinite(lse), lse, 0.0)
+def _normalizer(x: Floats, log_head: Floats) -> Floats:
+    """The log-sum-exp of all classes; 0 where none that is stored has any: −inf less anything is still that."""
+    head = _log_sum_exp(x)
+    some = np.isfinite(head)
+    return np.where(some, head - np.where(some, log_head, 0.0), 0.0)
 
 
 def _odds_codes(odds: Floats) -> Ints:

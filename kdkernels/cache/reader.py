@@ -259,8 +259,8 @@ class TeacherCache:
         return (
             f"a sequence of {len(tokens)} tokens ({shown}) is none of the {len(self)} in {self.path}"
             f"{beginnings}: append it to the cache, or use missing='live' to ask the teacher itself. Rows "
-            "that are padded need their attention_mask, and packed ones position_ids or cu_seq_lens_q to be taken "
-            "apart; another tokenizer, template or truncation gives other tokens"
+            "that are padded need their attention_mask, and packed ones position_ids or cu_seq_lens_q to be "
+            "taken apart; another tokenizer, template or truncation gives other tokens"
         )
 
     def _bad(self, error: CacheError) -> None:
