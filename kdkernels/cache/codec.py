@@ -218,7 +218,7 @@ def _log_sum_exp(x: Floats) -> Floats:
 
 
 def _normalizer(x: Floats, log_head: Floats) -> Floats:
-    """The log-sum-exp of all classes; 0 where none that is stored has any: −inf less anything is still that."""
+    """The log-sum-exp of all classes, or 0 where no stored one has any: −inf less that is still −inf."""
     head = _log_sum_exp(x)
     some = np.isfinite(head)
     return np.where(some, head - np.where(some, log_head, 0.0), 0.0)
