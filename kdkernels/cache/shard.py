@@ -58,7 +58,7 @@ class Entry:
 
 def write_shard(path: Path, manifest: Manifest, sequences: Sequence[Entry]) -> None:
     """Writes a file anew and flushes it to the disk; the name must not be taken."""
-    save = _safetensors().save
+    save = safetensors().save
     offsets = np.cumsum([0, *(len(s.rows) for s in sequences)], dtype=np.int64)
     tensors = {
         "rows": np.concatenate([s.rows for s in sequences]),
@@ -261,15 +261,16 @@ def _metadata(manifest: Manifest) -> dict[str, str]:
     return {"format": FORMAT, "version": str(VERSION), "manifest": manifest.digest}
 
 
-def _safetensors() -> Any:
+def safetensors() -> Any:
+    """The package that writes shards, or how to get it."""
     try:
-        import safetensors.numpy
+        from safetensors import numpy
     except ModuleNotFoundError as error:
-        if error.name != "safetensors":
+        if error.name is None or error.name.split(".")[0] != "safetensors":
             raise
         raise ModuleNotFoundError(
             "a teacher cache is written as safetensors, which is not installed: pip install "
             "'kdkernels[cache]'",
             name="safetensors",
         ) from error
-    return safetensors.numpy
+    return numpy

@@ -20,7 +20,7 @@ from .keys import hashes, token_array
 from .lock import Lock
 from .manifest import NAME, Manifest
 from .rows import stride, token_bytes, with_tokens
-from .shard import SUFFIX, Entry, Shard, write_shard
+from .shard import SUFFIX, Entry, Shard, safetensors, write_shard
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _OPEN = ".part"  # what a shard's name ends in while it is written
@@ -52,6 +52,7 @@ class CacheWriter:
             raise CacheError(f"part must be letters, digits, '_' and '-', as 'rank0', got {part!r}")
         if shard_bytes < 1:
             raise CacheError(f"shard_bytes must be >= 1, got {shard_bytes}")
+        safetensors()  # missed now, and not after the teacher has filled a shard
         self.path, self.manifest, self.part = path, manifest, part
         self.sequences = self.tokens = 0
         self.errors = dict.fromkeys(manifest.temperatures, 0.0) if manifest.kind == "topk" else {}
