@@ -22,13 +22,16 @@ class Split(NamedTuple):
     cluster: int
     threads: int
 
-    def config(self, width: int, itemsize: int, more: int, shifted: bool) -> tuning.CudaConfig | None:
+    def config(
+        self, width: int, itemsize: int, more: int, shifted: bool, stored: bool = False
+    ) -> tuning.CudaConfig | None:
         """As `tuning.cuda` has it."""
         at_once = 16 // itemsize
         vectors = (width + 2 * at_once - 2) // at_once
         part = (vectors + self.cluster - 1) // self.cluster
         messages = 3 * (1 + self.threads // 32) + (2 * 3 * self.cluster if self.cluster > 1 else 0)
-        shared = 16 * (1 + messages + 2 * (part + 2 * shifted) + more * part)
+        kept = (part + 15) // 16 if stored else more * part
+        shared = 16 * (1 + messages + (1 if stored else 2) * (part + 2 * shifted) + kept)
         return tuning.CudaConfig(self.cluster, self.threads, 1, part, shared)
 
 
@@ -68,9 +71,15 @@ def cuda_on_cpu(split: Split, clusters: int = 2, seed: int = 0, **built: Any) ->
     units: dict[str, Unit] = {}
 
     def config(
-        width: int, itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "light"
+        width: int,
+        itemsize: int,
+        shared: int,
+        more: int = 2,
+        shifted: bool = True,
+        kind: str = "light",
+        stored: bool = False,
     ) -> Any:
-        return split.config(width, itemsize, more, shifted)
+        return split.config(width, itemsize, more, shifted, stored)
 
     config.__wrapped__ = config  # type: ignore[attr-defined]
 

@@ -69,6 +69,11 @@ KD_FN void store_shared(unsigned to, Quad x) {
   kd_aligned(shared_pointer(to), "store_shared");
   *(Quad*)shared_pointer(to) = x;
 }
+KD_FN unsigned load_byte(unsigned from) { return *(const unsigned char*)shared_pointer(from); }
+KD_FN void store_byte(unsigned to, unsigned x) { *(unsigned char*)shared_pointer(to) = (unsigned char)x; }
+KD_FN void or_shared(unsigned to, unsigned bits) {
+  __atomic_fetch_or((unsigned*)shared_pointer(to), bits, __ATOMIC_RELAXED);
+}
 KD_FN void copy_later(unsigned to, const void* from) { kd_copy_later(shared_pointer(to), from); }
 KD_FN void copies_done() { kd_copies_done(); }
 KD_FN void store_past_cache(void* to, Quad x) {
