@@ -69,7 +69,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def compile_lines(
-    archs: list[str], vocabs: list[int], dtypes: list[str], divergences: list[str]
+    archs: list[str], vocabs: list[int], dtypes: list[str], divergences: list[str], stored: bool = False
 ) -> Iterator[str]:
     """Builds the CUDA kernels of these and tells of each; raises ValueError where there is no such build."""
     if (why := cuda_build.missing()) is not None:
@@ -82,7 +82,7 @@ def compile_lines(
     wanted = {
         (each, arch): None
         for arch, vocab, dtype, name in itertools.product(archs, vocabs, dtypes, divergences)
-        for each in cuda_ahead.builds(arch, vocab, _DTYPES[dtype], name)
+        for each in cuda_ahead.builds(arch, vocab, _DTYPES[dtype], name, stored)
     }
     for n, (made, arch, seconds) in enumerate(cuda_ahead.make(list(wanted)), 1):
         what = f"{made.divergence} {made.mode} {made.hard}" if isinstance(made, Build) else made.kernel
@@ -116,13 +116,16 @@ def build() -> "typer.Typer":
         divergence: Annotated[
             list[str] | None, typer.Option(help="By default each that there is.", show_default=False)
         ] = None,
+        stored: Annotated[
+            bool, typer.Option("--stored", help="Those of stored teachers, kd.TopK and kd.Sampled.")
+        ] = False,
     ) -> None:
         """Print versions, device, threads, and each backend with why it can or can't run here."""
         for line in info_lines():
             typer.echo(line)
         if compile:
             try:
-                for line in compile_lines(arch or [], vocab, dtype, divergence or []):
+                for line in compile_lines(arch or [], vocab, dtype, divergence or [], stored):
                     typer.echo(line)
             except ValueError as error:
                 raise SystemExit(f"kdkernels info --compile: {error}") from None

@@ -90,6 +90,40 @@ def triton(width: int, itemsize: int, align: int, stats: bool = False, lanes: in
     return TritonConfig(block, max(1, a_thread // align), True, TRITON_WARPS, whole=False)
 
 
+@dataclass(frozen=True)
+class StoredConfig:
+    """Choices of the kernel for stored teachers, beside those for the row.
+
+    Attributes:
+        stored: Stored classes of a row that a program works on at once.
+        members: How many classes of a block share the bits that say which of them are stored.
+        strided: Whether those are columns block / members apart, and not neighbours.
+    """
+
+    stored: int
+    members: int
+    strided: bool
+
+
+# Up to as many stored classes are kept in registers, and the student's logits at them read once. Fewer would
+# be reads of memory for nobody: 128 is a usual k.
+TRITON_STORED = 128
+
+
+def triton_stored(config: TritonConfig, itemsize: int, align: int, lanes: int = 32) -> StoredConfig:
+    """What goes with a configuration of the row kernel: one stored class a thread, or `TRITON_STORED`.
+
+    As in `triton`, members are of one thread, so that what it finds out about them stays there: a stored
+    class costs a thread the comparison with two groups, and not with 16 classes.
+    """
+    threads = config.warps * lanes
+    a_thread, at_once = max(1, config.block // threads), 16 // itemsize
+    stored = max(TRITON_STORED, threads)
+    if align >= at_once:
+        return StoredConfig(stored, min(at_once, a_thread), strided=False)
+    return StoredConfig(stored, max(1, a_thread // align), strided=True)
+
+
 # Rows of `kd.Head` that go at once where no memory budget is given. A chunk of r rows costs, beside its four
 # products of 2 · r · V · d operations each, a read and a write of the weight's gradient, 8 · V · d bytes in
 # float32: as a share of the products F / (B · r) for F operations and B bytes a second, whatever V and d. The
@@ -157,7 +191,13 @@ def cuda_shared(generation: int) -> int:
 
 @lru_cache(maxsize=1024)
 def cuda(
-    width: int, itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "light"
+    width: int,
+    itemsize: int,
+    shared: int,
+    more: int = 2,
+    shifted: bool = True,
+    kind: str = "light",
+    stored: bool = False,
 ) -> CudaConfig | None:
     """How rows of a width are shared out, of logits of a size in bytes, or None where they don't fit.
 
@@ -171,6 +211,8 @@ def cuda(
         shifted: Whether the sides and the gradient may lie differently within 16 bytes.
         kind: `light` or `heavy`, by the registers that a class takes; those of light ones are more threads,
             whose messages take more memory.
+        stored: Whether the teacher is a list of classes, so that of both sides there is the student's, and a
+            byte of each of its vectors.
     """
     at_once = 16 // itemsize
     vectors = _up(width + at_once - 1, at_once)  # wherever a row begins
@@ -180,19 +222,27 @@ def cuda(
         threads = 32 * _up(part, 32 * max(CUDA_ROUNDS, _up(part, resident)))
         # Barriers, messages between warps and between blocks, the sides and what is kept.
         messages = 3 * (1 + threads // 32) + (2 * 3 * cluster if cluster > 1 else 0)
-        needed = 16 * (1 + messages + 2 * (part + 2 * shifted) + more * part)
+        kept = _up(part, 16) if stored else more * part
+        needed = 16 * (1 + messages + (1 if stored else 2) * (part + 2 * shifted) + kept)
         if needed <= shared:
             fit = (shared + CUDA_RESERVED) // (needed + CUDA_RESERVED)
             return CudaConfig(cluster, threads, min(32, resident // threads, fit), part, needed)
     return None
 
 
-def cuda_widest(itemsize: int, shared: int, more: int = 2, shifted: bool = True, kind: str = "light") -> int:
+def cuda_widest(
+    itemsize: int,
+    shared: int,
+    more: int = 2,
+    shifted: bool = True,
+    kind: str = "light",
+    stored: bool = False,
+) -> int:
     """The widest rows that fit."""
     return bisect_right(
-        range(1, 1 << 20),
+        range(1, 1 << 22),
         0,
-        key=lambda width: int(cuda.__wrapped__(width, itemsize, shared, more, shifted, kind) is None),
+        key=lambda width: int(cuda.__wrapped__(width, itemsize, shared, more, shifted, kind, stored) is None),
     )
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -126,8 +127,8 @@ def build_of(mode: str = "gradient", dtype: torch.dtype = torch.bfloat16, **opti
     """What a call of 128,256 classes with these options would build."""
     z = torch.empty(1, 128_256, dtype=dtype)
     student, teacher = options.pop("student", None), options.pop("teacher", None)
-    call = call_of(student or z, teacher or z, options.pop("labels", None), **options)
-    build = cuda.build_of(mode, call.spec, dtype, False, cuda.uses_labels(call))
+    call = call_of(student or z, z if teacher is None else teacher, options.pop("labels", None), **options)
+    build = cuda.build_of(mode, call.spec, dtype, False, cuda.uses_labels(call), call.sparse is not None)
     return build.fitted(128_256, SHARED)[0]
 
 
@@ -154,6 +155,10 @@ def test_what_a_call_builds() -> None:
     z = torch.empty(1, 128_256, dtype=torch.bfloat16)
     capped = build_of(student=kd.Logits(z, scale=2.0), teacher=kd.Logits(z, softcap=30.0))
     assert (capped.z_capped, capped.v_capped) == (False, True)
+    # A stored teacher leaves room for rows of twice as many classes.
+    stored = kd.TopK(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3), "renormalize")
+    assert build_of(teacher=stored) == Build("ForwardKL", threads=1024, blocks=1, cluster=2, stored=True)
+    assert not build_of(teacher=stored, labels=y, hard_weight=1.0, soft_weight=0.0).stored
 
 
 def test_without_a_soft_term_the_teacher_is_not_built_in() -> None:
@@ -180,8 +185,10 @@ ROWS_FIELDS = [
 ]
 TOTALS_FIELDS = "figures loss stats counted given number rows loss_mean stats_mean".split()
 SCALE_FIELDS = "in out rows width type upstream upstream_stride in_place".split()
+STORED_FIELDS = [*(f"rows.{name}" for name in ROWS_FIELDS), *"ids log_p rest extra k".split()]
 RECORDS = (
     ("KdRows", cuda.ROWS, ROWS_FIELDS),
+    ("KdStored", struct.Struct(cuda.ROWS.format + cuda.LISTS.format[1:]), STORED_FIELDS),
     ("KdTotals", cuda.TOTALS, TOTALS_FIELDS),
     ("KdScale", cuda.SCALE, SCALE_FIELDS),
 )
@@ -191,7 +198,7 @@ def cpp(tmp_path: Path, body: str) -> str:
     """What a program prints which includes the kernels, for a processor; or it is compiled alone."""
     program = tmp_path / "program.cpp"
     program.write_text(
-        f'#include "kd_cuda.cu"\n#include <cstdio>\n#include <cstddef>\nint main() {{\n{body}\n}}\n'
+        f'#include "kd_sparse.cu"\n#include <cstdio>\n#include <cstddef>\nint main() {{\n{body}\n}}\n'
     )
     flags = [
         "-std=c++20",
@@ -287,13 +294,13 @@ HOW = list(itertools.product((0, 1, 2), (False, True), ("light", "heavy")))
     width=st.integers(1, 500_000),
     itemsize=st.sampled_from([2, 4]),
     shared=st.sampled_from([SHARED, tuning.cuda_shared(12), 48 << 10]),
-    how=st.sampled_from(HOW),
+    how=st.sampled_from([*HOW, *((0, shifted, kind, True) for _, shifted, kind in HOW[:4])]),
 )
 def test_no_configuration_asks_for_more_than_there_is(
-    width: int, itemsize: int, shared: int, how: tuple[int, bool, str]
+    width: int, itemsize: int, shared: int, how: tuple[Any, ...]
 ) -> None:
     """Of threads, registers, shared memory and blocks of a cluster, and every class has a place."""
-    kept, shifted, kind = how
+    kept, shifted, kind, *stored = how
     config = tuning.cuda(width, itemsize, shared, *how)
     assert (config is None) == (width > tuning.cuda_widest(itemsize, shared, *how))
     if config is None:
@@ -310,8 +317,11 @@ def test_no_configuration_asks_for_more_than_there_is(
     # No fewer blocks would do, and no thread has nothing to do while others have a vector more.
     assert config.part * config.cluster < -(-width * itemsize // 16) + config.cluster + 1
     assert config.part > config.threads - 32
-    # Both sides and what is kept, beside the messages of 32 warps and of 2 rounds among 16 blocks at most.
+    # Both sides and what is kept, or one and a byte of each vector, beside the messages of 32 warps and of 2
+    # rounds among 16 blocks at most.
     vectors = 2 * (config.part + 2 * shifted) + kept * config.part
+    if stored:
+        vectors = config.part + 2 * shifted + (config.part + 15) // 16
     assert 16 * vectors < config.shared <= 16 * (vectors + 1 + 3 * (1 + 32) + 2 * 3 * 16)
 
 
@@ -323,6 +333,10 @@ def test_what_is_said_to_fit_fits_however_it_is_built(itemsize: int, shared: int
     for width in range(widest - 600, widest + 1):
         assert all(tuning.cuda(width, itemsize, shared, *how) is not None for how in HOW)
     assert tuning.cuda(widest + 1, itemsize, shared) is None
+    widest = tuning.cuda_widest(itemsize, shared, stored=True)
+    for width in range(widest - 600, widest + 1):
+        assert all(tuning.cuda(width, itemsize, shared, *how, stored=True) is not None for how in HOW[:4])
+    assert tuning.cuda(widest + 1, itemsize, shared, stored=True) is None
 
 
 def test_configurations_of_known_vocabularies() -> None:
@@ -333,6 +347,9 @@ def test_configurations_of_known_vocabularies() -> None:
     heavy = tuning.cuda(128_256, 2, SHARED, 1, True, "heavy")
     assert heavy == tuning.CudaConfig(4, 576, 1, 4009, 16 * (1 + 3 * 19 + 6 * 4 + 2 * 4011 + 4009))
     assert getattr(tuning.cuda(32_000, 2, SHARED, 0, False, "light"), "cluster", None) == 1
+    # Of a stored teacher's calls, 2.
+    stored = tuning.cuda(128_256, 2, SHARED, 0, False, "light", stored=True)
+    assert stored == tuning.CudaConfig(2, 1024, 1, 8017, 16 * (1 + 3 * 33 + 6 * 2 + 8017 + 502))
     short = tuning.cuda(1000, 2, SHARED, 0, False, "light")
     assert short is not None and (short.cluster, short.threads, short.blocks) == (1, 32, 32)
     assert tuning.cuda_widest(2, SHARED) > 262_144 > tuning.cuda_widest(4, SHARED) > 152_064
@@ -370,6 +387,15 @@ def test_supports_says_what_it_does_not() -> None:
     assert cuda.BACKEND.supports(call_of(torch.zeros(8, 1)[::2], torch.zeros(4, 1))) is None
     strided = torch.zeros(4, 16)[::2, :8]
     assert cuda.BACKEND.supports(call_of(z, strided)) is None
+    stored = kd.TopK(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1))
+    assert cuda.BACKEND.supports(call_of(z, stored)) is None
+    assert cuda.BACKEND.supports(call_of(z.bfloat16(), stored)) is None
+    assert reason(call_of(double, stored)) == (
+        "takes float32, bfloat16 and float16 logits, the student's are float64"
+    )
+    assert reason(call_of(across, stored)) == (
+        "takes rows whose classes lie side by side, the student's have stride 2"
+    )
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 4)])
@@ -392,6 +418,9 @@ def test_heads_are_of_the_dtype_that_they_are_multiplied_in() -> None:
     assert "sides of one dtype" in reason(call_of(head, torch.zeros(2, 8).bfloat16()))
     wide = kd.Head(torch.zeros(2, 1), torch.zeros(400_000, 1))
     assert "keeps rows on the chip" in reason(call_of(wide, wide))
+    # Of a stored teacher there is no row.
+    stored = kd.TopK(torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 1))
+    assert cuda.BACKEND.supports(call_of(wide, stored)) is None
 
 
 def test_only_what_the_header_has_is_known() -> None:

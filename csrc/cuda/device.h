@@ -106,6 +106,17 @@ KD_FN void store_shared(unsigned to, Quad x) {
                : "memory");
 }
 
+// One byte, and bits put into an aligned word, which other threads put theirs into.
+KD_FN unsigned load_byte(unsigned from) {
+  unsigned x;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+  return x;
+}
+KD_FN void store_byte(unsigned to, unsigned x) { asm volatile("st.shared.u8 [%0], %1;" ::"r"(to), "r"(x) : "memory"); }
+KD_FN void or_shared(unsigned to, unsigned bits) {
+  asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(to), "r"(bits) : "memory");
+}
+
 // 16 aligned bytes from global to shared memory, there after this thread's next copies_done().
 KD_FN void copy_later(unsigned to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");

@@ -101,6 +101,7 @@ struct Defaults {
   static constexpr bool kStats = false, kZCapped = false, kVCapped = false;
   static constexpr int kZNoise = kNoNoise, kVNoise = kNoNoise;
   static constexpr bool kZPerRow = false, kVPerRow = false;
+  static constexpr bool kStored = false;  // whether the teacher is a list of classes: kd_sparse.cu
 };
 
 // ---------------------------------------------------------------------------------------------- small things
@@ -227,7 +228,7 @@ struct Rows {
   using Reads = typename D::Reads;
 
   static constexpr int kType = C::kType, kSize = size_of(kType), kEach = 16 / kSize;  // classes of a vector
-  static constexpr bool kTeacher = kReadsTeacher<D>;
+  static constexpr bool kSoft = kReadsTeacher<D>, kTeacher = kSoft && !C::kStored;  // a soft term; a teacher's rows
   static constexpr bool kPlain = D::kNormaliser != kSoftmax;  // a divergence of logits
   static constexpr bool kPair = kTeacher && !D::kCross && !kPlain;
   static constexpr bool kWrites = C::kMode != kLoss, kTells = C::kMode != kScaledGradient;
@@ -278,8 +279,8 @@ struct Rows {
   // Vectors of a side in shared memory: of rows that lie differently within 16 bytes, one more at either end.
   KD_FN int slots() const { return (int)a.part + (C::kShifted ? 2 : 0); }
 
-  // Without a teacher there is no other temperature than 1.
-  KD_FN const KdFactor& z_factor() const { return kTeacher ? a.z.by : a.one; }
+  // Without a soft term there is no other temperature than 1.
+  KD_FN const KdFactor& z_factor() const { return kSoft ? a.z.by : a.one; }
 
   // -------------------------------------------------------------------------------------------- rows
 
@@ -441,17 +442,25 @@ struct Rows {
                                (kd_u64)(n + side.row_offset), kOfTeacher ? 0 : kStudentStream);
   }
 
+  // The same of one class.
+  template <bool kOfTeacher>
+  KD_FN float sample_at(long long c) const {
+    constexpr int kNoise = kOfTeacher ? C::kVNoise : C::kZNoise;
+    const RowNoise& noise = kOfTeacher ? v_noise : z_noise;
+    float sample = 0;
+    if constexpr (kNoise != kNoNoise)
+      if (noise.active) sample = noise.per_row ? (float)noise.shared : normal_at(noise, c, (float)noise.sigma);
+    return sample;
+  }
+
   // One logit of a row, from memory.
   template <bool kOfTeacher>
   KD_FN float logit_at(const Row& r, long long c) const {
     constexpr bool kCapped = kOfTeacher ? C::kVCapped : C::kZCapped;
     constexpr int kNoise = kOfTeacher ? C::kVNoise : C::kZNoise;
     const KdSide& side = kOfTeacher ? a.v : a.z;
-    const RowNoise& noise = kOfTeacher ? v_noise : z_noise;
-    float x = read_one((kOfTeacher ? r.v : r.z) + c * kSize, kType), sample = 0;
-    if constexpr (kNoise != kNoNoise)
-      if (noise.active) sample = noise.per_row ? (float)noise.shared : normal_at(noise, c, (float)noise.sigma);
-    return processed<kCapped, kNoise>(x, side.cap, side.slope, sample);
+    const float x = read_one((kOfTeacher ? r.v : r.z) + c * kSize, kType);
+    return processed<kCapped, kNoise>(x, side.cap, side.slope, sample_at<kOfTeacher>(c));
   }
 
   // -------------------------------------------------------------------------------------------- sums over the cluster
@@ -830,24 +839,30 @@ struct Rows {
     add(p, one);
   }
 
-  // Multiplies by the derivative of the logits with respect to the raw ones, rounds and writes the i-th vector.
-  KD_FN void write(const Row& r, int i, float* dz) const {
+  // Multiplies by the derivative of the logits with respect to the raw ones.
+  KD_FN void chain(const Row& r, int i, float* dz) const {
     if constexpr (C::kZNoise == kMultiplicative) {
       float x[kEach], factor[kEach];
       logits<false>(r, i, x, factor);
       KD_UNROLL
       for (int j = 0; j < kEach; ++j) dz[j] *= factor[j];
     }
-    if constexpr (C::kZCapped) {  // d (c tanh(s z / c)) / d z, without a subtraction
+    if constexpr (C::kZCapped) {
       float x[kEach];
       raw<false>(r, i, x);
       float slope = a.z.slope, scale = (float)a.z_scale;
       KD_UNROLL
-      for (int j = 0; j < kEach; ++j) {
-        float e = kd_exp(-2 * fabsf(x[j] * slope));
-        dz[j] *= scale * 4 * e / ((1 + e) * (1 + e));
-      }
+      for (int j = 0; j < kEach; ++j) dz[j] *= slope_of_cap(x[j], slope, scale);
     }
+  }
+  // d (c tanh(s z / c)) / d z, without a subtraction.
+  static KD_FN float slope_of_cap(float x, float slope, float scale) {
+    float e = kd_exp(-2 * fabsf(x * slope));
+    return scale * 4 * e / ((1 + e) * (1 + e));
+  }
+  // The same, rounded and written, of the i-th vector.
+  KD_FN void write(const Row& r, int i, float* dz) const {
+    chain(r, i, dz);
     store(r, i, dz);
   }
   // What lies beyond both softmaxes gets 0.
@@ -1065,19 +1080,29 @@ struct Rows {
     }
   }
 
-  // A row that counts, and the one after it, which takes its place.
-  KD_FN void work(const Row& r, const Row& after) {
+  // A row's label, or -1 where it is none, and what its terms weigh in the gradient.
+  struct Weights {
+    int label;
+    float poison, on_soft, on_hard;
+  };
+  KD_FN Weights weights_of(const Row& r) const {
     // A label out of range makes its row NaN: looking at it on the host would wait for the device.
     const bool valid = r.labelled && r.label >= 0 && r.label < a.classes;
-    const float poison = (kHasHard || D::kTarget) && r.labelled && !valid ? kNaN : 0;
-    const int label = valid ? (int)r.label : -1;
-    float on_soft = 0, on_hard = 0;
+    Weights w{};
+    w.poison = (kHasHard || D::kTarget) && r.labelled && !valid ? kNaN : 0;
+    w.label = valid ? (int)r.label : -1;
     if constexpr (kWrites) {
       float factor = r.weight / (float)divisor(a.counted, a.given, a.number);
       if constexpr (C::kMode == kScaledGradient) factor *= a.upstream[r.n * a.upstream_stride];
-      on_soft = factor * (float)a.soft_gain;
-      on_hard = D::kBinary || r.labelled ? factor * (float)a.hard_gain + poison : 0;
+      w.on_soft = factor * (float)a.soft_gain;
+      w.on_hard = D::kBinary || r.labelled ? factor * (float)a.hard_gain + w.poison : 0;
     }
+    return w;
+  }
+
+  // A row that counts, and the one after it, which takes its place.
+  KD_FN void work(const Row& r, const Row& after) {
+    auto [label, poison, on_soft, on_hard] = weights_of(r);
     if constexpr (C::kZNoise != kNoNoise) z_noise = row_noise<false>(r.n);
     if constexpr (C::kVNoise != kNoNoise && kTeacher) v_noise = row_noise<true>(r.n);
 
@@ -1173,7 +1198,9 @@ struct Rows {
     to[4] = label >= 0;
   }
 
-  KD_FN void run() {
+  // All rows of this cluster, one after another; `self` is this as what it is, whose rows may know more.
+  template <class Self>
+  KD_FN void run(Self& self) {
     if constexpr (C::kCluster > 1) {
       if (thread == 0) {
         barrier_init(barriers, 1);
@@ -1182,14 +1209,14 @@ struct Rows {
       cluster_barrier();
     }
     const long long step = block_count() / C::kCluster;
-    Row r = row_at(block_index() / C::kCluster);
+    auto r = self.row_at(block_index() / C::kCluster);
     if (r.counts) fetch(r);
     for (long long n = block_index() / C::kCluster; n < a.rows; n += step) {
-      const Row after = row_at(n + step);
+      const auto after = self.row_at(n + step);
       copies_done();
       if constexpr (C::kShifted) block_barrier();
       if (r.counts) {
-        work(r, after);
+        self.work(r, after);
       } else {
         // The row may hold anything, NaN too: it isn't read.
         if constexpr (kWrites) write_nothing(r);
@@ -1208,7 +1235,8 @@ struct Rows {
 
 template <class C>
 KD_FN void rows(const KdRows& a) {
-  Rows<C>(a).run();
+  Rows<C> self(a);
+  self.run(self);
 }
 
 // ---------------------------------------------------------------------------------------------- totals and scaling

@@ -1,7 +1,7 @@
 """The CUDA backend, for NVIDIA GPUs from Hopper on: clusters of blocks read a row once and keep it.
 
 What is compiled, and where it is kept, is in `cuda_build.py`, and calls of the driver in `cuda_driver.py`.
-The kernels are csrc/cuda/kd_cuda.cu, whose head has the records that are packed here.
+The kernels are csrc/cuda/kd_cuda.cu and kd_sparse.cu, whose heads have the records that are packed here.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ _MODES = {"loss": "kLoss", "gradient": "kGradient", "scaled_gradient": "kScaledG
 # The numbers of its `Type`, those of targets that have float64 included.
 _NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# KdRows (two of KdSide first), KdTotals and KdScale of kd_cuda.cu, field by field.
+# KdRows (two of KdSide first), KdTotals and KdScale of kd_cuda.cu, field by field, and what KdStored of
+# kd_sparse.cu has after the first of them.
 SIDE = "4q 4f 2q 2d"
 ROWS = struct.Struct(f"={SIDE} {SIDE} 6q 4q q q4q 2q d 2q 2q 2f 3d 3d 4f")
 TOTALS = struct.Struct("=5q d 3q")
 SCALE = struct.Struct("=2q 3q 2q q")
+LISTS = struct.Struct("=4q q")
 
 _HERE = contextlib.nullcontext()
 
@@ -62,6 +64,7 @@ class _Ready(NamedTuple):
     z_noise: tuple[float, ...]
     v_noise: tuple[float, ...]
     last: tuple[float, ...]
+    stored: bool
 
 
 class CudaBackend:
@@ -97,27 +100,25 @@ class CudaBackend:
         return None
 
     def supports(self, call: Call) -> str | None:
-        """None for one teacher of the student's dtype, of rows that fit on the chip; else why not."""
+        """None for one teacher, stored or of the student's dtype, of rows that fit; else why not."""
         student, teachers = call.student, call.teachers
-        dtype, width = student.dtype, student.shape[-1]
-        if call.sparse is not None:
-            return "has no kernel of stored teachers"
+        dtype, width, stored = student.dtype, student.shape[-1], call.sparse is not None
         if call.mixture is not None:
             return "takes one teacher, not a kd.Mixture"
         if dtype not in TYPES:
             return f"takes float32, bfloat16 and float16 logits, the student's are {_plain(dtype)}"
-        if teachers[0].dtype != dtype:
+        if not stored and teachers[0].dtype != dtype:
             return (
                 f"takes sides of one dtype, the student's is {_plain(dtype)} and the teacher's "
                 f"{_plain(teachers[0].dtype)}"
             )
-        for side, x in (("student", student), ("teacher", teachers[0])):
+        for side, x in zip(("student", "teacher"), (student, *teachers), strict=False):
             # Logits of a head, which are not there yet, will lie side by side.
             if isinstance(x, Tensor) and x.stride(-1) != 1 and x.shape[-1] > 1:
                 return f"takes rows whose classes lie side by side, the {side}'s have stride {x.stride(-1)}"
         shared = self._shared_of(student.device)
-        if tuning.cuda(width, dtype.itemsize, shared) is None:
-            widest = tuning.cuda_widest(dtype.itemsize, shared)
+        if tuning.cuda(width, dtype.itemsize, shared, stored=stored) is None:
+            widest = tuning.cuda_widest(dtype.itemsize, shared, stored=stored)
             return (
                 f"keeps rows on the chip, {widest:,} classes of {_plain(dtype)} at most, these have {width:,}"
             )
@@ -212,7 +213,7 @@ class CudaBackend:
         figures: Tensor | None = None,
         upstream: Tensor | None = None,
     ) -> None:
-        student, teachers, _, labels, mask, weights, _, z_seed, v_seed, spec, classes, _ = call
+        student, teachers, _, labels, mask, weights, _, z_seed, v_seed, spec, classes, stored = call
         rows, width = student.shape[:-1].numel(), student.shape[-1]
         if rows == 0:
             return
@@ -221,14 +222,17 @@ class CudaBackend:
             if labels is not None and uses_labels(call):
                 targets = labels if labels.dtype in _NUMBERS else labels.to(torch.float32)
             labels = None
-        sides = [student, teachers[0]] if targets is None else [student, teachers[0], targets]
-        sides, shape, strides = common_rows(sides, 3)
-        none, size = [0] * (3 - len(shape)), student.element_size()
-        z_data, v_data = sides[0].data_ptr(), sides[1].data_ptr()
-        z_steps, v_steps = ([*none, *(step * size for step in side)] for side in strides[:2])
-        shifted = (z_data - v_data) % 16 or any(
-            (z_step - v_step) % 16 for z_step, v_step in zip(z_steps, v_steps, strict=True)
+        sides, shape, strides = common_rows(
+            [student, *teachers] if targets is None else [student, *teachers, targets], 3
         )
+        none, size = [0] * (3 - len(shape)), student.element_size()
+        z_data, z_steps = sides[0].data_ptr(), [*none, *(step * size for step in strides[0])]
+        v_data, v_steps, shifted = 0, [0, 0, 0], False
+        if stored is None:
+            v_data, v_steps = sides[1].data_ptr(), [*none, *(step * size for step in strides[1])]
+            shifted = (z_data - v_data) % 16 != 0 or any(
+                (z_step - v_step) % 16 for z_step, v_step in zip(z_steps, v_steps, strict=True)
+            )
         if gradient is not None and not shifted:
             step, shifted = width * size, (z_data - gradient.data_ptr()) % 16 != 0
             for n, z_step in zip(reversed(shape), reversed(z_steps), strict=False):
@@ -239,7 +243,7 @@ class CudaBackend:
             mode,
             student.dtype,
             width,
-            bool(shifted),
+            shifted,
             labels is None,
             targets is None,
             student.device,
@@ -249,7 +253,7 @@ class CudaBackend:
             # A schedule of temperatures makes many; what is dropped is made again.
             if len(self._ready) >= 1024:
                 self._ready.clear()
-            ready = self._ready[key] = self._made_ready(mode, call, bool(shifted))
+            ready = self._ready[key] = self._made_ready(mode, call, shifted)
         # These are [rows] only; the copies live until the launch.
         labels = None if labels is None else labels.contiguous()
         mask = None if mask is None else mask.contiguous()
@@ -267,18 +271,21 @@ class CudaBackend:
             _pointer(upstream), stride, _pointer(gradient), _pointer(figures),
             *ready.last,
         )  # fmt: skip
+        if ready.stored:
+            assert stored is not None
+            record += LISTS.pack(*(_pointer(x) for x in stored), stored.ids.shape[-1])
         kernel, index = ready.kernel, student.device.index
         DRIVER.launch(kernel, min(rows * ready.cluster, kernel.blocks), record, _stream(index), index)
 
     def _made_ready(self, mode: str, call: Call, shifted: bool) -> _Ready:
         spec, device = call.spec, call.student.device
-        build, config = build_of(mode, call.spec, call.student.dtype, shifted, uses_labels(call)).fitted(
-            call.student.shape[-1], self._shared_of(device)
-        )
+        build, config = build_of(
+            mode, spec, call.student.dtype, shifted, uses_labels(call), call.sparse is not None
+        ).fitted(call.student.shape[-1], self._shared_of(device))
         assert config is not None  # `supports` has asked
         kernel = self._kernel(build, device.index, config.threads, config.shared, config.cluster)
         z = numbers(spec.student_scale, spec.student_softcap, _heard(spec.student_noise))
-        v = numbers(*spec.teachers[0], _heard(spec.teacher_noise))
+        v = numbers(*(spec.teachers or ((1.0, 0.0),))[0], _heard(spec.teacher_noise))
         T = spec.temperature
         return _Ready(
             kernel, config.part, config.cluster,
@@ -290,6 +297,7 @@ class CudaBackend:
                 spec.hard_weight * z.gain, spec.t_factor, spec.soft_weight, spec.hard_weight,
                 *(_float(x) for x in (*spec.params, 0.0, 0.0, 0.0, 0.0)[:4]),
             ),
+            build.stored,
         )  # fmt: skip
 
     def _kernel(
@@ -323,8 +331,12 @@ def build_of(
     dtype: torch.dtype,
     shifted: bool,
     labelled: bool,
+    stored: bool = False,
 ) -> Build:
-    """What is built for a call of any width; `labelled`: with labels that the loss or the stats use."""
+    """What is built for a call of any width; `labelled`: with labels that the loss or the stats use.
+
+    Without a soft term nobody looks at a stored teacher.
+    """
     # Targets are a binary divergence's, of whatever weight.
     soft = spec.soft_weight != 0 or spec.stats or (spec.row.binary and labelled)
     # Without a soft term the only softmax is the hard one's.
@@ -338,11 +350,12 @@ def build_of(
         hard="kNoHard" if not labelled else "kSharedHard" if shared else "kOwnHard",
         stats=spec.stats,
         z_capped=spec.student_softcap != 0,
-        v_capped=soft and spec.teachers[0][1] != 0,
+        v_capped=soft and any(cap != 0 for _, cap in spec.teachers),
         z_noise=_kind(z),
         v_noise=_kind(v),
         z_per_row=z is not None and z.per_row,
         v_per_row=v is not None and v.per_row,
+        stored=soft and stored,
     )
 
 

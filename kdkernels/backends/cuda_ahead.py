@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import tuning
+from ..divergences import TABLE
 from . import cuda_build
 from .cuda_build import DIVERGENCES, TYPES, AnyBuild, Build, ScaleBuild, TotalBuild
 
@@ -44,8 +45,12 @@ def architecture_here() -> str | None:
     return cuda_build.architecture(*capability) if capability >= (9, 0) else None
 
 
-def builds(arch: str, vocab: int, dtype: torch.dtype, divergence: str) -> list[AnyBuild]:
+def builds(
+    arch: str, vocab: int, dtype: torch.dtype, divergence: str, stored: bool = False
+) -> list[AnyBuild]:
     """What calls of a divergence run for contiguous logits: with gradient, labels, T = 1, and without.
+
+    Those of stored teachers, where it is that. Where the divergence takes none, there are none.
 
     Raises:
         ValueError: What there is no build for, with the reason.
@@ -56,14 +61,17 @@ def builds(arch: str, vocab: int, dtype: torch.dtype, divergence: str) -> list[A
     if divergence not in DIVERGENCES:
         raise ValueError(f"no builds of {divergence!r}: it must be one of {', '.join(DIVERGENCES)}")
     shared = tuning.cuda_shared(int(found[1]))
-    widest = tuning.cuda_widest(dtype.itemsize, shared)
+    widest = tuning.cuda_widest(dtype.itemsize, shared, stored=stored)
     if not 0 < vocab <= widest:
         raise ValueError(f"no builds for {vocab:,} classes: it must be 1 to {widest:,} of this dtype")
     # Of float16 the gradient is computed in backward.
     modes = ("kLoss", "kScaledGradient" if dtype is torch.float16 else "kGradient")
     names = _TEMPLATES.get(divergence, (DIVERGENCES[divergence],))
+    row = TABLE[divergence]
+    if stored and (row.target or row.binary or row.normaliser != "softmax"):
+        return []
     rows = [
-        Build(name, type=TYPES[dtype], mode=mode, hard=hard).fitted(vocab, shared)[0]
+        Build(name, type=TYPES[dtype], mode=mode, hard=hard, stored=stored).fitted(vocab, shared)[0]
         for name, mode, hard in itertools.product(names, modes, _HARD)
     ]
     return [*rows, TotalBuild(), ScaleBuild(TYPES[dtype])]

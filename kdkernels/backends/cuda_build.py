@@ -1,8 +1,9 @@
 """What the CUDA kernels are built from, for what, and where builds are kept.
 
-A kernel is built from a text of a few lines, its unit, which includes csrc/cuda/kd_cuda.cu and says what is
-wanted of it. NVRTC makes machine code of that for an architecture that need not be here; the code is kept on
-the disk, under a name made of everything that it depends on, and so is built once for all processes and runs.
+A kernel is built from a text of a few lines, its unit, which includes csrc/cuda/kd_cuda.cu, or kd_sparse.cu
+where the teacher is stored, and says what is wanted of it. NVRTC makes machine code of that for an
+architecture that need not be here; the code is kept on the disk, under a name made of everything that it
+depends on, and so is built once for all processes and runs.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..tuning import CudaConfig
 _HERE = Path(__file__).parents[1] / "csrc"
 SOURCES = _HERE if _HERE.is_dir() else _HERE.parents[1] / "csrc"
 INCLUDE = '#include "kd_cuda.cu"\n'
+STORED = '#include "kd_sparse.cu"\n'  # which includes the other
 
 TYPES = {torch.float32: "kFloat", torch.bfloat16: "kBFloat16", torch.float16: "kHalf"}
 SIZES = {"kFloat": 4, "kBFloat16": 2, "kHalf": 2}
@@ -73,6 +75,7 @@ class Build:
         divergence: The template of divergence.h.
         threads: Of a block.
         blocks: That a multiprocessor has to have room for, and so how many registers a thread may have.
+        stored: Whether it is the kernel of stored teachers.
     """
 
     divergence: str
@@ -90,13 +93,14 @@ class Build:
     v_noise: str = "kNoNoise"
     z_per_row: bool = False
     v_per_row: bool = False
+    stored: bool = False
 
     kernel: ClassVar[str] = "kd_rows"
 
     @property
     def kept(self) -> int:
         """Vectors that the kernel keeps beside those of both sides: `kMore` of kd_cuda.cu."""
-        if self.divergence not in OPEN or self.mode == "kLoss":
+        if self.stored or self.divergence not in OPEN or self.mode == "kLoss":
             return 0
         each = 1 if self.type == "kFloat" else 2  # of a vector's g
         return each if self.shifted else each - 1
@@ -110,7 +114,9 @@ class Build:
 
     def fitted(self, width: int, shared: int) -> tuple[Build, CudaConfig | None]:
         """The build for rows of a width, and how these are shared out; None where they don't fit."""
-        config = tuning.cuda(width, SIZES[self.type], shared, self.kept, self.shifted, self.weight)
+        config = tuning.cuda(
+            width, SIZES[self.type], shared, self.kept, self.shifted, self.weight, self.stored
+        )
         if config is None:
             return self, None
         return replace(self, threads=config.threads, blocks=config.blocks, cluster=config.cluster), config
@@ -125,14 +131,15 @@ class Build:
                 name = "k" + "".join(word.capitalize() for word in field.name.split("_"))
                 text = str(value).lower() if kind == "bool" else value
                 lines.append(f"  static constexpr {kind} {name} = {text};")
+        record, rows = ("KdStored", "stored_rows") if self.stored else ("KdRows", "rows")
         return (
             ("" if self.type == "kFloat" else "#define KD_OF_16_BITS\n")
-            + INCLUDE
+            + (STORED if self.stored else INCLUDE)
             + "struct Config : Defaults {\n"
             + "\n".join(lines)
             + "\n};\n"
             + f"KD_KERNEL void KD_LAUNCH({self.threads}, {self.blocks}, {self.cluster}) "
-            + "kd_rows(KD_ARGUMENT KdRows a) { rows<Config>(a); }\n"
+            + f"kd_rows(KD_ARGUMENT {record} a) {{ {rows}<Config>(a); }}\n"
         )
 
 
