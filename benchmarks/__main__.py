@@ -11,6 +11,7 @@ BENCHMARKS = {
     "linear": "hidden states and heads: time beside the bare products, peak memory, error",
     "trainer": "a step of the trainer beside the same step written by hand",
     "hf": "a step of a transformers trainer beside the loss written by hand: time, peak memory",
+    "cache": "a cached teacher: bytes a token, what they lose, writing, random reads, a trainer's input wait",
     "solver": "one distribution from a generalist and 20 specialists: time, agreement with descent",
     "strategies": "every strategy of the literature beside its control: differences over seeds, verdicts",
     "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",

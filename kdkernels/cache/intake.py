@@ -15,8 +15,8 @@ from .manifest import Manifest
 
 # How far the classes' mass may be above all classes', in log space: 1 % is what bfloat16 makes of it.
 _ROUNDING = 0.05
-# Logits taken into float32 at a time.
-_CHUNK = 1 << 23
+# Logits at a time. On a CPU so few that malloc has the memory for each at hand; a GPU wants more.
+_CHUNK, _CHUNK_OF_DEVICE = 1 << 20, 1 << 26
 
 
 def top_k_rows(manifest: Manifest, length: int, teacher: Any) -> tuple[Ints, Floats, Floats]:
@@ -85,13 +85,26 @@ def top_k_of_logits(manifest: Manifest, logits: Tensor) -> tuple[Ints, Floats, F
         x, ids = z.topk(manifest.k, dim=-1)
         ids, order = ids.sort(-1)
         x = x.gather(-1, order)
-        tail = z.scatter(-1, ids, -torch.inf)
-        odds = [(tail / t).logsumexp(-1) - (x / t).logsumexp(-1) for t in manifest.temperatures]
-        parts.append((ids, x.double(), torch.stack(odds, dim=-1).double()))
+        odds = _tail_odds(manifest, z, ids, x)
+        parts.append((ids, x.double(), odds.double()))
     ids_of, x_of, odds_of = (torch.cat(p).cpu().numpy() for p in zip(*parts, strict=True))
     _refuse("logits", ~(np.isfinite(x_of).any(1) & (x_of < np.inf).all(1)))
     _refuse("logits", np.isnan(odds_of))
     return ids_of, x_of, odds_of
+
+
+def _tail_odds(manifest: Manifest, z: Tensor, ids: Tensor, x: Tensor) -> Tensor:
+    """The log-odds of all but the k largest, `[S, temperatures]`, from their own sum: 1 − mass cancels."""
+    # Nothing of the tail is above the least of them.
+    least = x.amin(-1, keepdim=True)
+    least = torch.where(least.isfinite(), least, 0.0)
+    below = z - least
+    odds, e = [], torch.empty_like(below)
+    for t in manifest.temperatures:
+        tail = torch.mul(below, 1.0 / t, out=e).exp_().scatter_(-1, ids, 0.0).sum(-1)
+        head = ((x - least) / t).logsumexp(-1)
+        odds.append(tail.log() - head)
+    return torch.stack(odds, dim=-1)
 
 
 def draws_of_logits(manifest: Manifest, logits: Tensor, seed: int) -> tuple[Ints, Ints]:
@@ -115,7 +128,7 @@ def _counted(manifest: Manifest, ids: Ints) -> tuple[Ints, Ints]:
 
 
 def _chunks(manifest: Manifest, logits: Tensor) -> Any:
-    step = max(_CHUNK // manifest.vocab_size, 1)
+    step = max((_CHUNK if logits.device.type == "cpu" else _CHUNK_OF_DEVICE) // manifest.vocab_size, 1)
     for z in logits.detach().split(step):
         yield z if z.dtype == torch.float64 else z.float()
 
