@@ -24,7 +24,7 @@
 #include <sys/mman.h>
 #endif
 
-#define KD_ABI 7
+#define KD_ABI 8
 #define KD_MAX_DIMS 8
 
 // ---------------------------------------------------------------------------------------------- the C interface
@@ -80,7 +80,30 @@ struct KdCall {
   int64_t mixture_stride;
   int64_t targets;         // whether the labels of a binary divergence are given: then they are the last of the sides
   int64_t teachers;
+  const int64_t* ids;      // [rows, stored] of a stored teacher, which has no side, or null
+  int64_t stored;
+  const void* log_p;       // [rows, stored], of the loss's type, like the next two
+  const void* rest;        // [rows], or null: nothing is said of the other classes
+  const void* extra;       // [rows] or null
   KdSide side[];           // the student, the teachers, the targets
+};
+
+// A stored teacher as it was handed in, and where the form goes that a call takes. Fields of 8 bytes, as above.
+struct KdStored {
+  int64_t rows, k, classes;
+  int64_t sampled;           // weights, and no log-probabilities
+  int64_t tail;              // 0 ghost, 1 zero, 2 renormalize
+  int64_t ordered;           // whether ids rise and each is there once
+  double temperature;
+  const int64_t* ids;        // [rows, k]
+  const void *x, *a, *lse;   // log-probabilities or weights [rows, k]; of a sample, log-probabilities, or null; [rows] or null
+  int64_t x_type, a_type, lse_type;
+  const uint8_t* counted;    // [rows] or null
+  int64_t wide;              // whether what is written is double
+  int64_t* out_ids;          // [rows, k]
+  void *log_p, *rest, *extra;  // [rows, k]; [rows] or null, twice
+  int64_t grain;
+  void (*parallel_for)();
 };
 
 typedef void (*KdRange)(int64_t, int64_t, void*);
@@ -97,6 +120,7 @@ struct KdTable {
   void (*pointwise)(int64_t divergence, const double* params, int64_t n, const double* lq, const double* lp,
                     double* phi, double* g);
   void (*words)(int64_t seed, int64_t row, int64_t stream, int64_t groups, uint32_t* out);
+  int64_t (*store)(const KdStored*);
 };
 
 // Advice that fresh memory be given in pages of 2 MiB: most of the time of a first write is page faults. Memory that has
@@ -154,6 +178,8 @@ struct Job {
   bool past_cache, failed;
   bool uses_labels;  // which then are classes, and not only what chooses rows
   int64_t bad_row;  // the first whose target is no probability, or `rows`
+  // Of a stored teacher, the sums of phi and g over n classes.
+  double (*stored_terms)(const double* params, int64_t n, const double* lq, const double* lp, double* g, double* sum_g);
 };
 
 KD_FN bool counts(const KdOptions& o, const KdCall& c, int64_t n) {
@@ -227,6 +253,73 @@ struct Scratch {
   ~Scratch() { free(memory); }
 };
 
+// What all rows share, at temperature T of the soft term.
+template <class R>
+Frame<R> frame_of(const KdOptions& o, const KdCall& c, double T) {
+  Frame<R> f{};
+  f.classes = c.classes;
+  // A scale that stands alone is put on with the temperature, for nothing.
+  const KdSide& student = c.side[0];
+  double z_scale = student.cap != 0 ? 1 : student.scale, z_unread = o.z_noise.kind ? 1 : z_scale;
+  f.cz = (R)(z_unread / T);
+  f.one = (R)z_unread;
+  f.soft = (R)(o.soft_weight * o.t_factor * z_scale / T);
+  f.hard = (R)(o.hard_weight * z_scale);
+  return f;
+}
+
+template <class R>
+double* figures_of(const Job<R>& job, int64_t n) {
+  return job.rows ? job.rows + n * job.figures : nullptr;
+}
+
+template <class R>
+char* gradient_of(const Job<R>& job, int64_t n) {
+  const KdCall& c = *job.c;
+  return c.mode == kLoss ? nullptr : (char*)c.gradient + n * c.width * type_size(c.side[0].type);
+}
+
+// Whether a row doesn't count: then all of it is 0.
+template <class R>
+bool skips(const Job<R>& job, int64_t n) {
+  const KdCall& c = *job.c;
+  if (counts(*job.o, c, n)) return false;
+  if (double* figures = figures_of(job, n)) memset(figures, 0, job.figures * sizeof(double));
+  if (char* out = gradient_of(job, n)) memset(out, 0, c.width * type_size(c.side[0].type));
+  return true;
+}
+
+KD_FN double weight_of(const KdCall& c, int64_t n) { return c.weights ? c.weights[n] : 1; }
+
+template <class R>
+Output output_of(const Job<R>& job, int64_t n) {
+  const KdCall& c = *job.c;
+  double upstream = c.mode == kScaledGradient ? (double)((const R*)c.upstream)[n * c.upstream_stride] : 1;
+  return {gradient_of(job, n), c.side[0].type, upstream * weight_of(c, n) / job.denominator, job.past_cache};
+}
+
+// The loss of a row, and its terms where they are wanted.
+template <class R>
+void put_loss(const Job<R>& job, int64_t n, double soft, double hard) {
+  const KdOptions& o = *job.o;
+  double* figures = figures_of(job, n);
+  if (!figures) return;
+  // A term of weight 0 is absent, also where it is infinite.
+  double loss = o.soft_weight == 0 ? 0 : o.soft_weight * o.t_factor * soft;
+  if (o.hard_weight != 0) loss += o.hard_weight * hard;
+  figures[kRowLoss] = weight_of(*job.c, n) * loss;
+  if (!o.stats) return;
+  figures[kRowSoft] = o.t_factor * soft;
+  figures[kRowHard] = hard;
+}
+
+}  // namespace
+
+#include "prepare.h"
+#include "stored.h"
+
+namespace {
+
 template <class R, class D, int kHard>
 void do_rows(int64_t first, int64_t last, void* context) {
   Job<R>& job = *(Job<R>*)context;
@@ -241,15 +334,8 @@ void do_rows(int64_t first, int64_t last, void* context) {
   D d;
   for (int i = 0; i < 4; ++i) ((R*)&d)[i] = (R)o.params[i];
 
-  Frame<R> f;
-  double T = reads_teacher ? o.temperature : 1;
-  f.classes = c.classes;
-  // A scale that stands alone is put on with the temperature, for nothing.
-  double z_scale = student.cap != 0 ? 1 : student.scale, z_unread = o.z_noise.kind ? 1 : z_scale;
-  f.cz = (R)(z_unread / T);
-  f.one = (R)z_unread;
-  f.soft = (R)(o.soft_weight * o.t_factor * z_scale / T);
-  f.hard = (R)(o.hard_weight * z_scale);
+  const double T = reads_teacher ? o.temperature : 1;
+  Frame<R> f = frame_of<R>(o, c, T);
 
   bool writes = c.mode != kLoss, mixes = reads_teacher && c.mixture;
   bool keeps = plain ? kHard != kNoHard && !D::kBinary : writes || pair;
@@ -263,17 +349,13 @@ void do_rows(int64_t first, int64_t last, void* context) {
     bool put_on_by_reader = teachers[m].cap != 0 || o.v_noise.kind;
     scratch.to_exponent[m] = (put_on_by_reader ? 1 : teachers[m].scale) / T;
   }
-  f.cv = mixes ? R(1) : (R)scratch.to_exponent[0];
+  if constexpr (reads_teacher) f.cv = mixes ? R(1) : (R)scratch.to_exponent[0];
 
   int64_t z_size = type_size(student.type);
   for (int64_t n = first; n < last; ++n) {
-    double* figures = job.rows ? job.rows + n * job.figures : nullptr;
-    char* out = writes ? (char*)c.gradient + n * c.width * z_size : nullptr;
-    if (!counts(o, c, n)) {
-      if (figures) memset(figures, 0, job.figures * sizeof(double));
-      if (writes) memset(out, 0, c.width * z_size);
-      continue;
-    }
+    if (skips(job, n)) continue;
+    double* figures = figures_of(job, n);
+    char* out = gradient_of(job, n);
     RowNoise z_noise{};
     if (o.z_noise.kind) z_noise = noise_of_row<R>(o.z_noise, c.z_seed, n, kStudentStream);
     z_noise.factors = kept.factors;
@@ -291,9 +373,7 @@ void do_rows(int64_t first, int64_t last, void* context) {
       }
     }
     int64_t label = job.uses_labels && is_labelled(o, c, n) ? c.labels[n] : -1;
-    double weight = c.weights ? c.weights[n] : 1, upstream = 1;
-    if (c.mode == kScaledGradient) upstream = (double)((const R*)c.upstream)[n * c.upstream_stride];
-    Output output{out, student.type, upstream * weight / job.denominator, job.past_cache};
+    const Output output = output_of(job, n);
     // The student's logit of the label, and both sides with it.
     double at_label = 0;
     const Frame<R> whole = f;
@@ -379,13 +459,7 @@ void do_rows(int64_t first, int64_t last, void* context) {
 
     if (kHard != kNoHard && !D::kBinary && label >= 0)
       hard = kd_log(row.one.sum) - (at_label * (double)f.one - row.one.ref);
-    // A term of weight 0 is absent, also where it is infinite.
-    double loss = o.soft_weight == 0 ? 0 : o.soft_weight * o.t_factor * soft;
-    if (o.hard_weight != 0) loss += o.hard_weight * hard;
-    figures[kRowLoss] = weight * loss;
-    if (!o.stats) continue;
-    figures[kRowSoft] = o.t_factor * soft;
-    figures[kRowHard] = hard;
+    put_loss(job, n, soft, hard);
   }
 #if defined(__x86_64__)
   if (writes && job.past_cache) _mm_sfence();
@@ -417,6 +491,15 @@ void parallel(void (*parallel_for)(), int64_t n, int64_t grain, KdRange work, vo
     work(0, n, context);
 }
 
+// A stored teacher in the form that a call takes: see prepare_row.
+int64_t store(const KdStored* stored) {
+  Preparation work{stored, false};
+  // A stored class takes about as long as so many of a dense row.
+  constexpr int64_t kTimes = 64;
+  parallel(stored->parallel_for, stored->rows, rows_per_task(stored->grain, kTimes * stored->k), prepare_rows, &work);
+  return work.failed ? -1 : 0;
+}
+
 bool is_about_target(int64_t divergence) {
 #define KD_TARGET(number, D, name) \
   if (divergence == number) return D<float>::kTarget;
@@ -441,6 +524,10 @@ KdRange choose_rows(const KdOptions& o, const KdCall& c) {
   bool wants_hard = (c.labels || c.targets) && (o.hard_weight != 0 || o.stats);
   if (!soft && !c.targets) return do_rows<R, NoDivergence<R>, kSharedHard>;
   Hard hard = !wants_hard ? kNoHard : o.temperature == 1 ? kSharedHard : kOwnHard;
+  if (c.ids)
+    return hard == kNoHard       ? do_stored_rows<R, kNoHard>
+           : hard == kSharedHard ? do_stored_rows<R, kSharedHard>
+                                 : do_stored_rows<R, kOwnHard>;
 #define KD_CHOOSE(number, D, name) \
   if (divergence == number) return choose_hard<R, D<R>>(hard);
   KD_DIVERGENCES(KD_CHOOSE)
@@ -462,7 +549,8 @@ int64_t run(const KdOptions& o, const KdCall& c) {
     if (uses_labels && (c.labels[n] < 0 || c.labels[n] >= c.classes)) return n;
   }
   if (c.targets) labelled = counted;
-  Job<R> job{&o, &c, 1, nullptr, o.stats ? kRowFigures : 1, false, false, uses_labels, c.rows};
+  Job<R> job{&o, &c, 1, nullptr, o.stats ? kRowFigures : 1, false, false, uses_labels, c.rows, nullptr};
+  if (c.ids) job.stored_terms = stored_terms_of(with_parameters((int)o.divergence, o.params));
   double items = counted == 0 ? 1 : c.num_items >= 0 ? c.num_items : (double)counted;
   if (o.reduction == 0) job.denominator = items;
   int64_t gradient_bytes = c.mode == kLoss ? 0 : c.rows * c.width * type_size(c.side[0].type);
@@ -572,7 +660,7 @@ void words(int64_t seed, int64_t row, int64_t stream, int64_t groups, uint32_t* 
 }  // namespace
 
 extern "C" __attribute__((visibility("hidden"))) const KdTable KD_PASTE(kd_table_, KD_ISA);
-extern "C" const KdTable KD_PASTE(kd_table_, KD_ISA) = {run_any, scale, pointwise, words};
+extern "C" const KdTable KD_PASTE(kd_table_, KD_ISA) = {run_any, scale, pointwise, words, store};
 
 #else
 // ---------------------------------------------------------------------------------------------- the entry points
@@ -673,6 +761,9 @@ KD_EXPORT void kd_pointwise(int64_t variant, int64_t divergence, const double* p
                             const double* lp, double* phi, double* g) {
   table_of(variant)->pointwise(divergence, params, n, lq, lp, phi, g);
 }
+
+// 0, or -1 where an entry is none, which is told elsewhere.
+KD_EXPORT int64_t kd_store(int64_t variant, const KdStored* stored) { return table_of(variant)->store(stored); }
 
 KD_EXPORT void kd_words(int64_t variant, int64_t seed, int64_t row, int64_t stream, int64_t groups, uint32_t* out) {
   table_of(variant)->words(seed, row, stream, groups, out);

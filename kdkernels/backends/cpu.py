@@ -15,12 +15,14 @@ from ..divergences import BUILT_IN
 from ..layout import common_rows
 from ..noise import Noise
 from ..reference import UNLABELLED, LabelError, compute_dtype, label_error, target_error
+from ..sparse import TAILS, Sparse, Stored, TopK
 from ..spec import REDUCTIONS, STATS, Call, LossSpec
+from ..stored import floats_of, lse_at
 
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
 # Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
-_ABI = 7
+_ABI = 8
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2}
 _MAX_DIMS = 8
@@ -30,8 +32,10 @@ _OK, _NO_MEMORY = -1, -2
 
 # KdOptions, KdCall and KdSide of kd_cpu.cpp, field by field.
 _OPTIONS = struct.Struct("=q 4d 4d 2q 2d 3q2d 3q2d q 3q")
-_CALL = struct.Struct("=q 3q q8q 3q d 6q 2q 2q 2q")
+_CALL = struct.Struct("=q 3q q8q 3q d 6q 2q 2q 2q 5q")
 _SIDE = struct.Struct("=3q 8q 2d")
+# KdStored.
+_STORED = struct.Struct("=3q 3q d q 3q 3q q q q 3q q q")
 
 
 class CpuBackend:
@@ -67,7 +71,7 @@ class CpuBackend:
 
     def supports(self, call: Call) -> str | None:
         """None: whatever it knows, of any shape."""
-        return None if call.sparse is None else "has no kernel of stored teachers"
+        return None
 
     def forward(
         self, call: Call, keep: str, out: Tensor | None = None
@@ -132,6 +136,33 @@ class CpuBackend:
         )  # fmt: skip
         return phi, g
 
+    def store(
+        self, source: Stored, T: float, counted: Tensor | None, classes: int, R: torch.dtype, kl: bool
+    ) -> Sparse | None:
+        """What `stored.sparse` makes of a checked source, or None where some entry of it is none.
+
+        `counted` is None where all rows count.
+        """
+        topk = source if isinstance(source, TopK) else None
+        x, *more = floats_of(source)
+        a = None if topk or not more else more[0]
+        lse = lse_at(topk, T) if topk and topk.tail != "renormalize" else None
+        ids, x = source.ids.long().contiguous(), x.detach().contiguous()
+        a, lse = (None if y is None else y.detach().contiguous() for y in (a, lse))
+        counted = None if counted is None else counted.contiguous()
+        log_p = torch.empty(ids.shape, dtype=R)
+        rest = None if topk and topk.tail == "renormalize" else torch.empty(ids.shape[:-1], dtype=R)
+        extra = torch.empty(ids.shape[:-1], dtype=R) if a is not None and kl else None
+        made, library = Sparse(torch.empty_like(ids), log_p, rest, extra), self._library
+        k, tail = ids.shape[-1], TAILS.index(topk.tail) if topk else 0
+        record = _STORED.pack(
+            ids.numel() // k, k, classes, topk is None, tail, source._ordered, T,
+            *map(_pointer, (ids, x, a, lse)), *(0 if y is None else _TYPES[y.dtype] for y in (x, a, lse)),
+            _pointer(counted), R is torch.float64, *map(_pointer, made),
+            tuning.CPU.grain, library.parallel_for,
+        )  # fmt: skip
+        return made if library.store(library.variant, record) == 0 else None
+
     def words(self, seed: int, rows: Tensor, classes: int, stream: int) -> Tensor:
         """The library's words of the noise, `[N, classes]`, to be compared with those of `noise.py`."""
         groups, library = (classes + 3) // 4, self._library
@@ -151,20 +182,8 @@ class CpuBackend:
         upstream: Tensor | None = None,
     ) -> None:
         library = self._library
-        (
-            student,
-            teachers,
-            mixture,
-            labels,
-            mask,
-            token_weights,
-            num_items,
-            z_seed,
-            v_seed,
-            spec,
-            classes,
-            _,
-        ) = call
+        student, teachers, mixture, labels, mask, token_weights, num_items, z_seed, v_seed = call[:9]
+        spec, classes, stored = call[9:]
         targets = labels if spec.row.binary else None
         sides = [student, *teachers] if targets is None else [student, *teachers, targets]
         sides, shape, strides = common_rows(sides, _MAX_DIMS)
@@ -187,6 +206,7 @@ class CpuBackend:
             library.parallel_for, 0 if z_seed is None else int(z_seed), 0 if v_seed is None else int(v_seed),
             _pointer(mixture), 0 if mixture is None or mixture.dim() == 1 else len(teachers),
             targets is not None, len(teachers),
+            *((0,) * 5 if stored is None else _stored(stored)),
         ) + b"".join(
             _SIDE.pack(x.data_ptr(), _TYPES[x.dtype], x.stride(-1), *steps, *padding, *options)
             for x, steps, options in zip(sides, strides, processing, strict=False)
@@ -258,14 +278,16 @@ class _Library:
         lib.kd_pointwise.argtypes = [i64, i64, ctypes.c_char_p, i64, ptr, ptr, ptr, ptr]
         lib.kd_pointwise.restype = None
         lib.kd_huge_pages.argtypes, lib.kd_huge_pages.restype = [ptr, i64], None
+        lib.kd_store.argtypes, lib.kd_store.restype = [i64, ctypes.c_char_p], i64
         lib.kd_words.argtypes, lib.kd_words.restype = [i64, i64, i64, i64, i64, ptr], None
         names: list[str] = []
         while (name := lib.kd_variant(len(names))) is not None:
             names.append(name.decode())
         self.variants = tuple(names)
-        self._number, self.run, self.scale, self.pointwise, self.words, self.huge_pages = (
-            lib.kd_divergence, lib.kd_run, lib.kd_scale, lib.kd_pointwise, lib.kd_words, lib.kd_huge_pages
+        self._number, self.run, self.scale, self.pointwise = (
+            lib.kd_divergence, lib.kd_run, lib.kd_scale, lib.kd_pointwise
         )  # fmt: skip
+        self.store, self.words, self.huge_pages = lib.kd_store, lib.kd_words, lib.kd_huge_pages
         self.parallel_for = _torch_parallel_for()
 
     def number(self, divergence: str) -> int:
@@ -287,6 +309,11 @@ def _torch_parallel_for() -> int:
             except (OSError, AttributeError):
                 return 0
     return 0
+
+
+def _stored(stored: Sparse) -> tuple[int, ...]:
+    ids, log_p, rest, extra = stored
+    return _pointer(ids), ids.shape[-1], *map(_pointer, (log_p, rest, extra))
 
 
 def _noise(noise: Noise | None) -> tuple[float, ...]:
