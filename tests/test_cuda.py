@@ -773,6 +773,14 @@ def test_info_compiles_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     for mode in ("gradient", "loss"):
         build = cuda.build_of(mode, call.spec, torch.bfloat16, False, labelled=True)
         assert (build.fitted(128_256, SHARED)[0].unit(), "sm_90") in made
+    made.clear()
+    compile_lines(divergences=["jsd", "logit_mse"], stored=True)
+    # Logits are not compared with what is stored of a distribution.
+    assert len(made) == 2 * 3 + 2
+    stored = kd.TopK(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3))
+    call = call_of(z, stored, divergence=kd.JSD(0.3))
+    build = cuda.build_of("gradient", call.spec, torch.bfloat16, False, labelled=False, stored=True)
+    assert (build.fitted(128_256, SHARED)[0].unit(), "sm_90") in made
 
 
 @needs_nvrtc

@@ -124,16 +124,53 @@ def test_builds_have_what_they_need(arch: str, template: str, tmp_path: Path) ->
     """No memory in the place of registers, and room on a multiprocessor for as many blocks as they say."""
     made = builds(arch, template)
     for (build, config), code in zip(made, compiled([build.unit() for build, _ in made], arch), strict=True):
-        found = usage(code, tmp_path)
         known = SPILLED.get((arch, template, build.hard), 0)
-        assert found.stack <= known and found.local == 0, (build, found)
-        # A warp's registers are given out by 256.
-        registers = -(-found.registers // 8) * 8
-        assert registers * config.threads * config.blocks <= 65_536, (build, found)
-        # Beside what the kernel asks for there is what the system takes, and nothing else.
-        assert found.shared <= tuning.CUDA_RESERVED
-        assert config.shared <= tuning.CUDA_SHARED
-        assert config.blocks * (config.shared + 1024) <= tuning.CUDA_SHARED + 1024
+        assert_fits(build, config, usage(code, tmp_path), known)
+
+
+def assert_fits(build: Build, config: CudaConfig, found: Usage, spilled: int = 0) -> None:
+    """What a build uses is what there is for it."""
+    assert found.stack <= spilled and found.local == 0, (build, found)
+    # A warp's registers are given out by 256.
+    registers = -(-found.registers // 8) * 8
+    assert registers * config.threads * config.blocks <= 65_536, (build, found)
+    # Beside what the kernel asks for there is what the system takes, and nothing else.
+    assert found.shared <= tuning.CUDA_RESERVED
+    assert config.shared <= tuning.CUDA_SHARED
+    assert config.blocks * (config.shared + 1024) <= tuning.CUDA_SHARED + 1024
+
+
+# Of stored teachers: each divergence of distributions, with types, modes and options in turn.
+LISTED = [
+    name
+    for name in TEMPLATES
+    if name not in ("LogitMSE", "CenteredLogitMSE", "DKD", "BinaryKL", NO_DIVERGENCE)
+]
+
+
+def stored_build(arch: str, template: str) -> tuple[Build, CudaConfig]:
+    """One of a template, which on the other architecture is another."""
+    t, a = LISTED.index(template), ARCHITECTURES.index(arch)
+    kind, options = TYPES[(t + a) % 3], dict(OPTIONS[(t + t // 4 + 2 * a) % 4])
+    options.pop("v_capped", None)
+    modes = ("kScaledGradient", "kLoss") if kind == "kHalf" else ("kGradient", "kGradient", "kLoss")
+    build = Build(template, type=kind, mode=modes[t % len(modes)], stored=True, **options)
+    fitted, config = build.fitted(VOCABULARIES[t % 2], tuning.CUDA_SHARED)
+    assert config is not None
+    return fitted, config
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_builds_of_stored_teachers(arch: str, tmp_path: Path) -> None:
+    """The same of these, whose rows take half of the memory."""
+    made = [stored_build(arch, template) for template in LISTED]
+    kinds = {(build.type, build.mode) for build, _ in made}
+    assert {kind for kind, _ in kinds} == set(TYPES) and {mode for _, mode in kinds} == set(MODES)
+    assert {(b.stats, b.shifted, b.hard != "kNoHard") for b, _ in made} == {
+        (False, False, False), (False, False, True), (True, False, True), (False, True, True)
+    }  # fmt: skip
+    for (build, config), code in zip(made, compiled([build.unit() for build, _ in made], arch), strict=True):
+        assert_fits(build, config, usage(code, tmp_path))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -229,5 +266,28 @@ def test_main_loops(arch: str, template: str, tmp_path: Path) -> None:
     for body in found[-2:]:
         assert most(body, r"LDGSTS\S*\.128") == 2 and most(body, r"STG\.E\.EF\.128") == 1
         # What isn't 16 bytes is of a row's first and last vector.
+        widths = {re.sub(r"^@\S+\s+", "", text).split()[0] for _, text in body if re.search(r"LDG|STG", text)}
+        assert {w for w in widths if not w.endswith(".128")} <= {"LDG.E.U16", "STG.E.U16"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_main_loops_of_stored_teachers(arch: str, tmp_path: Path) -> None:
+    """A class is read once and written once, 4 bytes of bfloat16, with two exponentials in all.
+
+    The first loop sums, the second writes the gradient and copies the next row; each is there twice, for
+    logits of any size, too. Either reads a byte that says which of a vector's classes are stored.
+    """
+    build, config = Build("ForwardKL", stored=True).fitted(128_256, tuning.CUDA_SHARED)
+    assert config is not None and (config.cluster, config.threads, config.blocks) == (2, 1024, 1)
+    code = instructions(asked(cuda_build.compile_unit(build.unit(), arch), "-sass", tmp_path))
+    assert not any(re.search(r"\b(LDL|STL)\b", text) for _, text in code)
+    found = loops(code)
+    assert [(most(body, r"MUFU\.EX2"), most(body, r"MUFU\.(?!EX2)")) for body in found] == [(8, 0)] * 4
+    for body in found[:2]:
+        assert most(body, r"LDS\.128") == most(body, r"LDS\.U8") == 1
+        assert not any(re.search(r"\b(LDG|LDGSTS|STG|LD|ST|STS)\b", text) for _, text in body)
+    for body in found[2:]:
+        assert most(body, r"LDGSTS\S*\.128") == 1 and most(body, r"STG\.E\.EF\.128") == 1
+        assert most(body, r"STS\.U8") == most(body, r"LDS\.U8") == 1
         widths = {re.sub(r"^@\S+\s+", "", text).split()[0] for _, text in body if re.search(r"LDG|STG", text)}
         assert {w for w in widths if not w.endswith(".128")} <= {"LDG.E.U16", "STG.E.U16"}

@@ -140,10 +140,13 @@ def check(
     labels: Tensor | None,
     options: dict[str, Any],
     upstream: Tensor | None = None,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """A call, forward and backward, held to the budget."""
+    """A call, forward and backward, held to the budget; tensors are of the CPU, wherever it runs."""
     upstream = torch.ones(z.shape[:-1]) if upstream is None else upstream
-    loss, gradient = run(z, teacher, labels, options, "cuda", upstream)
+    there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    given = [None if x is None else x.to(device) for x in (z, teacher, labels)]
+    loss, gradient = (x.cpu() for x in run(*given, there, "cuda", upstream.to(device)))
     assert loss.dtype == torch.float32 and gradient.dtype == z.dtype
     double = teacher.to(torch.float64)
     exact = run(z.double(), double, labels, options, "reference", upstream)

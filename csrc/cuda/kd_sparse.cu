@@ -397,39 +397,33 @@ struct StoredRows : Rows<C> {
       entropy_p = sums[3];
     }
 
-    if constexpr (kWrites) write_gradient(r, after, w, p, rest, all, one, among, tail, G, g_rest);
-
-    if (!kTells || rank != 0 || thread != 0) return;
-    float described[5] = {}, hard = 0;
-    if constexpr (C::kStats) {
-      const float x = Base::moved(p.rest.x, rest, all.ref) + Base::moved(p.kept.x, kept, all.ref);
-      const unsigned best = Base::better(p.rest.best, p.rest.top, p.kept.best, p.kept.top);
-      const long long number = p.at_p < (unsigned)s.k ? p.at_p : 0;
-      described[0] = kd_log(all.sum) - x / all.sum * kLn2;
-      described[1] = entropy_p;
-      described[2] = (long long)best == s.ids[r.n * s.k + number];
-      described[3] = w.label >= 0 && (int)best == w.label;
-      described[4] = w.label >= 0;
+    if constexpr (kWrites) put_stored(r, w, one, among, G);
+    // Before the last pass, which so has the registers for itself.
+    if (kTells && rank == 0 && thread == 0) {
+      float described[5] = {}, hard = 0;
+      if constexpr (C::kStats) {
+        const float x = Base::moved(p.rest.x, rest, all.ref) + Base::moved(p.kept.x, kept, all.ref);
+        const unsigned best = Base::better(p.rest.best, p.rest.top, p.kept.best, p.kept.top);
+        const long long number = p.at_p < (unsigned)s.k ? p.at_p : 0;
+        described[0] = kd_log(all.sum) - x / all.sum * kLn2;
+        described[1] = entropy_p;
+        described[2] = (long long)best == s.ids[r.n * s.k + number];
+        described[3] = w.label >= 0 && (int)best == w.label;
+        described[4] = w.label >= 0;
+      }
+      if constexpr (kHasHard) {
+        if (w.label >= 0) hard = -log_of(at_label, k_one, one) * kLn2;
+        hard = r.labelled ? hard + w.poison : 0;
+      }
+      Base::tell(r, soft + r.extra, hard, described);
     }
-    if constexpr (kHasHard) {
-      if (w.label >= 0) hard = -log_of(at_label, k_one, one) * kLn2;
-      hard = r.labelled ? hard + w.poison : 0;
-    }
-    Base::tell(r, soft + r.extra, hard, described);
+    if constexpr (kWrites) write_gradient(r, after, w, p.rest.top, rest, all, one, tail, G, g_rest);
   }
 
+  // Puts what is written of the stored classes in the end in the place of their logits.
   template <class Weights>
-  KD_FN void write_gradient(const Row& r, const Row& after, const Weights& w, const Parts& p, const Side& rest,
-                            const Side& all, const Side& one, const Side& among, bool tail, float G, float g_rest) const {
+  KD_FN void put_stored(const Row& r, const Weights& w, const Side& one, const Side& among, float G) const {
     const float on_soft = w.on_soft, on_hard = w.on_hard, k = Base::z_factor().k;
-    if (on_soft == 0 && on_hard == 0) {
-      clear();
-      Base::write_nothing(r);
-      if constexpr (!C::kShifted)
-        if (after.counts) Base::fetch(after);
-      return;
-    }
-    // The stored classes: what is written in the end, in the place of the logit.
     each(r, [&](int, int id, float lp) {
       if (!is_here(r, id)) return;
       const float z = logit_of(r, id);
@@ -450,17 +444,29 @@ struct StoredRows : Rows<C> {
       write_one(to, kType, dz);
     });
     block_barrier();
+  }
 
-    // All others: e^y times what the soft term and a hard term that shares it give. Where there is nobody, nothing.
-    const float base = Base::base_z(p.rest.top);
+  // The gradient: of all other classes e^y times what the soft term and a hard term that shares it give.
+  template <class Weights>
+  KD_FN void write_gradient(const Row& r, const Row& after, const Weights& w, float top, const Side& rest, const Side& all,
+                            const Side& one, bool tail, float G, float g_rest) const {
+    const float on_soft = w.on_soft, on_hard = w.on_hard, k = Base::z_factor().k;
+    if (on_soft == 0 && on_hard == 0) {
+      clear();
+      Base::write_nothing(r);
+      if constexpr (!C::kShifted)
+        if (after.counts) Base::fetch(after);
+      return;
+    }
+    const float base = Base::base_z(top);
     const Exponents of_z = Base::powers(rest.ref, base, Base::large_z(base), k);
-    const Exponents of_1 = Base::powers(at_1(p.rest.top), base, of_z.large, a.one.k);
-    float M = 0, own = 0;
+    const Exponents of_1 = Base::powers(at_1(top), base, of_z.large, a.one.k);
+    float M = 0, own = 0;  // where there is nobody
     if (rest.sum != 0) {
       const float probability = to_probability(all, rest.ref);
       if (tail && on_soft != 0) M = on_soft * (g_rest / rest.sum - G * probability);
       if constexpr (C::kHard == kSharedHard) M += on_hard * probability;
-      if constexpr (kOwn) own = on_hard * to_probability(one, at_1(p.rest.top));
+      if constexpr (kOwn) own = on_hard * to_probability(one, at_1(top));
     }
     either(of_z.large, [&](auto large) {
       for (int i = thread; i < (int)a.part; i += threads) {
