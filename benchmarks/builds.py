@@ -48,6 +48,9 @@ CHOICES = {"jsd": kd.JSD(0.3), "alpha_beta": kd.AlphaBeta(0.2, 0.7), "centered_l
 # add to a pass, noise on every logit of both sides, and several teachers.
 OPTIONS = ("plain", "hard", "everything", "noise", "mixture")
 TEACHERS = 3
+# How many classes of a teacher are stored: of the loss alone, and more than a block takes with all that a row
+# has to add.
+STORED = {"stored": 64, "stored and everything": 600}
 # Targets and divergences with builds that move what they spilled within a loop, and so once a block and not
 # once a row: up to four instructions, among hundreds (dkd) to thousands.
 RELOADING = {("sm_100", "skew_reverse_kl"), ("sm_100", "alpha_beta"), ("sm_100", "dkd")}
@@ -75,30 +78,35 @@ class Recorder:
 @contextlib.contextmanager
 def recorded(lanes: int = 32) -> Iterator[list[Launch]]:
     """Meanwhile nothing is launched; what would have been, on warps of so many lanes, is in the list."""
-    from kdkernels.backends import triton_launch
+    from kdkernels.backends import triton_launch, triton_sparse_launch
 
     launches: list[Launch] = []
-    stand_ins: dict[str, Any] = {
-        name: Recorder(getattr(triton_launch, name), launches)
-        for name in ("row_kernel", "total_kernel", "scale_kernel")
+    stand_ins: dict[tuple[Any, str], Any] = {
+        (module, name): Recorder(getattr(module, name), launches)
+        for module, name in (
+            (triton_launch, "row_kernel"),
+            (triton_launch, "total_kernel"),
+            (triton_launch, "scale_kernel"),
+            (triton_sparse_launch, "sparse_kernel"),
+        )
     }
-    stand_ins["lanes"] = lambda device: lanes
-    stand_ins["_launching"] = lambda tensor: contextlib.nullcontext()
-    real = {name: getattr(triton_launch, name) for name in stand_ins}
-    for name, stand_in in stand_ins.items():
-        setattr(triton_launch, name, stand_in)
+    stand_ins[triton_launch, "lanes"] = lambda device: lanes
+    stand_ins[triton_launch, "_launching"] = lambda tensor: contextlib.nullcontext()
+    real = {(module, name): getattr(module, name) for module, name in stand_ins}
+    for (module, name), stand_in in stand_ins.items():
+        setattr(module, name, stand_in)
     try:
         yield launches
     finally:
-        for name, function in real.items():
-            setattr(triton_launch, name, function)
+        for (module, name), function in real.items():
+            setattr(module, name, function)
 
 
 def launches_of(
     target: str, divergence: str, dtype: str, vocab: int, options: str, rows: int = 2
 ) -> list[Launch]:
     """What forward, and backward, of one call would launch; its arithmetic is not done."""
-    from kdkernels.backends import triton_launch
+    from kdkernels.backends.triton_ import BACKEND
 
     z, v = torch.empty(2, rows, vocab, dtype=DTYPES[dtype]).unbind()
     row = TABLE[divergence]
@@ -106,13 +114,14 @@ def launches_of(
     student: Any = kd.Logits(z)
     teacher: Any = kd.Logits(v)
     labels = None
-    if options != "plain" or row.target:
+    everything = options.endswith("everything")
+    if options not in ("plain", "stored") or row.target:
         labels = torch.zeros(z.shape if row.binary else (rows,), dtype=z.dtype if row.binary else torch.int64)
-    if options in ("hard", "everything"):
+    if options == "hard" or everything:
         given |= {"hard_weight": 0.1, "temperature": 2.0}
-    elif options != "plain":
+    elif labels is not None:
         given |= {"hard_weight": 0.0}
-    if options == "everything":
+    if everything:
         student, teacher = replace(student, scale=0.5, softcap=30.0), replace(teacher, softcap=20.0)
         given |= {"mask": torch.ones(rows, dtype=torch.bool), "token_weights": torch.ones(rows)}
     if options == "noise":
@@ -120,15 +129,18 @@ def launches_of(
         given["teacher_noise"] = kd.LogitNoise(0.1, seed=0)
     if options == "mixture":
         teacher = kd.Mixture([v] * TEACHERS, torch.ones(rows, TEACHERS))
+    if options in STORED:
+        ids = torch.arange(STORED[options]).expand(rows, -1)
+        teacher = kd.TopK(ids, torch.full(ids.shape, -20.0), lse={2.0: torch.zeros(rows)})
     keep = what_to_keep(z.dtype)
-    call = checked_call(student, teacher, labels, complete(given), stats=options == "everything")
+    call = checked_call(student, teacher, labels, complete(given), stats=everything)
     with recorded(TARGETS[target][2]) as launches:
-        _, _, kept = triton_launch.forward(call, keep)
+        _, _, kept = BACKEND.forward(call, keep)
         upstream = torch.ones(())
         if keep == "state":
-            triton_launch.gradient(upstream, call, kept)
+            BACKEND.gradient(upstream, call, kept)
         else:
-            triton_launch.scale(kept, upstream, in_place=True)
+            BACKEND.scale(kept, upstream, in_place=True)
     return launches
 
 
@@ -234,6 +246,11 @@ def has_mixtures(divergence: str) -> bool:
     return TABLE[divergence].normaliser == "softmax" or TABLE[divergence].binary
 
 
+def has_stored(divergence: str) -> bool:
+    """Whether it compares distributions, of which a part may be stored."""
+    return TABLE[divergence].normaliser == "softmax" and not TABLE[divergence].target
+
+
 def instantiations(
     target: str,
     divergences: Sequence[str],
@@ -248,6 +265,8 @@ def instantiations(
             for vocab in vocabularies:
                 for options in option_sets:
                     if options == "mixture" and not has_mixtures(divergence):
+                        continue
+                    if options in STORED and not has_stored(divergence):
                         continue
                     for launch in launches_of(target, divergence, dtype, vocab, options):
                         warps = launch.options.get("num_warps", 4)
@@ -276,10 +295,10 @@ MODES = {None: "", 0: "loss", 1: "loss + gradient", 2: "loss + state", 3: "gradi
 
 
 def table(builds: list[dict[str, Any]], targets: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """A line for each build of the row kernel: registers a thread on each target, and what all share."""
+    """A line for each build of a kernel of rows: registers a thread on each target, and what all share."""
     lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for found in builds:
-        if found["kernel"] == "row_kernel":
+        if found["kernel"] in ("row_kernel", "sparse_kernel"):
             vocabularies = ", ".join(f"{v:,}" for v in found["vocab"])
             key = (found["divergence"], found["dtype"], vocabularies, ", ".join(found["options"]))
             lines.setdefault((*key, MODES[found["mode"]]), {})[found["target"]] = found
@@ -303,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--divergences", nargs="+", choices=TABLE, default=list(TABLE))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16", "fp32"])
-    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
+    parser.add_argument("--options", nargs="+", choices=(*OPTIONS, *STORED), default=list(OPTIONS))
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
     parser.add_argument("--lines", action="store_true", help="a JSON line for each build, and no file")
     chosen = parser.parse_args(arguments)

@@ -78,7 +78,10 @@ if not torch.cuda.is_available():
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU, "streaming": GPU, "cuda": GPU}
 ONLY_GPU = ["cuda"] if GPU == "cuda" else []  # backends that nothing interprets
-STREAMED = ("test_semantics.py", "test_any_problem_is_within_the_budget", "test_hidden_classes_anywhere")
+STREAMED = (
+    "test_semantics.py", "test_triton_sparse.py", "test_any_problem_is_within_the_budget",
+    "test_hidden_classes_anywhere",
+)  # fmt: skip
 
 # For what only fused backends promise.
 fused = pytest.mark.parametrize("backend", ["cpu", "triton", *ONLY_GPU], indirect=True)
@@ -130,7 +133,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # (closed forms of either side, an open one, a target's, one of logits, one of questions). Others differ in
 # their expressions, which test_divergences.py and test_support.py run one by one.
 PATHS = ("forward_kl", "reverse_kl", 0.5, kd.DKD(1.0, 8.0), kd.LogitMSE(centered=True), kd.BinaryKL())
-EACH = ("test_divergences.py", "test_support.py", "test_custom.py", "test_triton.py")
+EACH = (
+    "test_divergences.py", "test_support.py", "test_custom.py", "test_triton.py", "test_triton_sparse.py"
+)  # fmt: skip
 
 
 def is_path_enough(item: Any) -> bool:

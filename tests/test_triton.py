@@ -62,10 +62,11 @@ def test_constants_are_the_same_at_the_next_launch() -> None:
         triton_kernels,
         triton_math,
         triton_noise,
+        triton_sparse,
         triton_teachers,
     )
 
-    modules = (triton_blocks, triton_kernels, triton_math, triton_noise, triton_teachers)
+    modules = (triton_blocks, triton_kernels, triton_math, triton_noise, triton_sparse, triton_teachers)
     constants = {
         (module.__name__, name): value.value
         for module in modules

@@ -1,7 +1,7 @@
 """The Triton backend, for CUDA, ROCm and XPU devices.
 
-Launches are in `triton_launch.py` and the kernels in `triton_kernels.py`, which are imported with Triton
-itself, when first needed.
+Launches are in `triton_launch.py` and the kernels in `triton_kernels.py`, those of stored teachers in
+`triton_sparse_launch.py` and `triton_sparse.py`, which are imported with Triton itself, when first needed.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ class TritonBackend:
 
         return triton_launch
 
+    @cached_property
+    def _launch_sparse(self) -> Any:
+        from . import triton_sparse_launch
+
+        return triton_sparse_launch
+
     def available(self, device: torch.device) -> str | None:
         """None on a GPU where Triton is installed, else why not."""
         if device.type not in DEVICES and not (device.type == "cpu" and interpreted()):
@@ -58,7 +64,7 @@ class TritonBackend:
 
     def supports(self, call: Call) -> str | None:
         """None: all that the reference does."""
-        return None if call.sparse is None else "has no kernel of stored teachers"
+        return None
 
     def forward(
         self, call: Call, keep: str, out: Tensor | None = None
@@ -67,13 +73,15 @@ class TritonBackend:
 
         A gradient is written to `out` where that is given, contiguous; it may be the student's logits.
         """
-        return self._launch.forward(call, keep, out)
+        of = self._launch if call.sparse is None else self._launch_sparse
+        return of.forward(call, keep, out)
 
     def gradient(
         self, upstream: Tensor, call: Call, state: Tensor | None, out: Tensor | None = None
     ) -> Tensor:
         """The gradient alone, with the upstream factor applied before the one rounding."""
-        return self._launch.gradient(upstream, call, state, out)
+        of = self._launch if call.sparse is None else self._launch_sparse
+        return of.gradient(upstream, call, state, out)
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
         """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""

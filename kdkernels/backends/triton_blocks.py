@@ -75,6 +75,17 @@ def processed(x, inside, cap, slope, eps, CAPPED: tl.constexpr, NOISE: tl.conste
 
 
 @triton.jit
+def through(dz, raw, z, eps, scale, slope, CAPPED: tl.constexpr, NOISE: tl.constexpr):
+    """A gradient with respect to what `processed` gives, z, as one with respect to what it is given."""
+    if NOISE == triton_noise.MULTIPLICATIVE:
+        dz = tl.where(z == NEG_INF, dz, dz * (1.0 + eps))
+    if CAPPED:  # d cap tanh(scale z / cap) / dz
+        e = tl.exp(-2.0 * tl.abs(raw * slope))
+        dz *= scale * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+    return dz
+
+
+@triton.jit
 def rounded_to(x, pointer):
     """The values in the type that is pointed to, rounded to nearest."""
     to: tl.constexpr = pointer.dtype.element_ty

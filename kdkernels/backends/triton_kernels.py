@@ -32,7 +32,7 @@ NO_HARD, SHARED_HARD, OWN_HARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(
 NUMBER, TENSOR, COUNT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 STATE_NUMBERS = tl.constexpr(STATE_ROWS)  # before those of each teacher of a mixture
 FIGURES = tl.constexpr(8)  # a row's loss, soft term, hard term, two entropies, agreement, accuracy, labelled
-NO_NOISE, MULTIPLICATIVE = triton_noise.NO_NOISE, triton_noise.MULTIPLICATIVE
+NO_NOISE = triton_noise.NO_NOISE
 STUDENT = triton_noise.STUDENT
 
 PHI_OF_MARGINS, G_OF_MARGINS = on_device(phi_binary_kl), on_device(g_binary_kl)
@@ -40,7 +40,7 @@ PHI_OF_LABELS, G_OF_LABELS = on_device(phi_binary_cross_entropy), on_device(g_bi
 
 
 @triton.jit
-def _divisor(counted_ptr, given_ptr, number, ITEMS: tl.constexpr, COUNTED: tl.constexpr):
+def denominator(counted_ptr, given_ptr, number, ITEMS: tl.constexpr, COUNTED: tl.constexpr):
     """What a mean divides by; 1 where no row counts, so that 0 stays 0."""
     items = tl.full((), number, tl.float64)
     if ITEMS == TENSOR:
@@ -54,7 +54,20 @@ def _divisor(counted_ptr, given_ptr, number, ITEMS: tl.constexpr, COUNTED: tl.co
 
 
 @triton.jit
-def _write_figures(
+def factor_of_row(
+    weight, counted_ptr, given_ptr, number, upstream_ptr, at,
+    MEAN: tl.constexpr, ITEMS: tl.constexpr, COUNTED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """What a row's gradient is multiplied by beside the weights of the terms, in float64."""
+    if MEAN:
+        weight /= denominator(counted_ptr, given_ptr, number, ITEMS, COUNTED)
+    if SCALED:
+        weight *= tl.load(upstream_ptr + at).to(tl.float64)
+    return weight
+
+
+@triton.jit
+def write_figures(
     rows_ptr, n, N, weight, soft, hard, t_factor, soft_weight, hard_weight,
     entropy_z, entropy_v, agrees, correct, labelled, R: tl.constexpr, STATS: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +87,27 @@ def _write_figures(
         tl.store(rows_ptr + 5 * N + n, agrees)
         tl.store(rows_ptr + 6 * N + n, correct)
         tl.store(rows_ptr + 7 * N + n, labelled.to(R))
+
+
+@triton.jit
+def write_nothing(
+    gradient_ptr, rows_ptr, state_ptr, n, N, width,
+    MODE: tl.constexpr, STATS: tl.constexpr, NUMBERS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Zeros of a row that doesn't count. It may hold anything, NaN too: it isn't read."""
+    if MODE != SCALED_GRADIENT:
+        tl.store(rows_ptr + n, 0.0)
+        if STATS:
+            for k in tl.static_range(1, FIGURES):
+                tl.store(rows_ptr + k * N + n, 0.0)
+    if MODE == STATE:
+        for k in tl.static_range(NUMBERS):
+            tl.store(state_ptr + k * N + n, 0.0)
+    if MODE == GRADIENT or MODE == SCALED_GRADIENT:
+        lane = tl.arange(0, BLOCK)
+        nothing = tl.zeros([BLOCK], R).to(gradient_ptr.dtype.element_ty)
+        for start in range(0, width, BLOCK):
+            tl.store(gradient_ptr + n * width + start + lane, nothing, mask=start + lane < width)
 
 
 # Integers that are compiled in would mean a build for each batch; what is known of them is in ALIGN and UNIT.
@@ -137,19 +171,19 @@ def row_kernel(
         counts = labelled
 
     if not counts:
-        # The row may hold anything, NaN too: it isn't read.
-        if MODE != SCALED_GRADIENT:
-            tl.store(rows_ptr + n, 0.0)
-            if STATS:
-                for k in tl.static_range(1, FIGURES):
-                    tl.store(rows_ptr + k * N + n, 0.0)
-        if MODE == STATE:
-            for k in tl.static_range(STATE_NUMBERS + 2 * M * MIXED):
-                tl.store(state_ptr + k * N + n, 0.0)
-        if MODE == GRADIENT or MODE == SCALED_GRADIENT:
-            nothing = tl.zeros([BLOCK], R).to(gradient_ptr.dtype.element_ty)
-            for start in range(0, width, BLOCK):
-                tl.store(gradient_ptr + n * width + start + lane, nothing, mask=start + lane < width)
+        write_nothing(
+            gradient_ptr,
+            rows_ptr,
+            state_ptr,
+            n,
+            N,
+            width,
+            MODE,
+            STATS,
+            STATE_NUMBERS + 2 * M * MIXED,
+            R,
+            BLOCK,
+        )
     else:
         zero = tl.full((), 0.0, R)
         # Doubles at the interface, so that a float64 call loses nothing.
@@ -531,7 +565,7 @@ def row_kernel(
                 tl.store(state_ptr + 6 * N + n, sum_g)
                 tl.store(state_ptr + 7 * N + n, gamma)
             if NORMALISER == SOFTMAX:
-                _write_figures(
+                write_figures(
                     rows_ptr, n, N, weight, soft, hard, t_factor, soft_weight, hard_weight,
                     entropy_z, entropy_v, agrees, correct, labelled, R, STATS,
                 )  # fmt: skip
@@ -549,11 +583,10 @@ def row_kernel(
             right = phis
         if WRITES:
             out = gradient_ptr + n * width
-            factor = weight
-            if MEAN:
-                factor /= _divisor(counted_ptr, given_ptr, number, ITEMS, COUNTED)
-            if MODE == SCALED_GRADIENT:
-                factor *= tl.load(upstream_ptr + n * upstream_stride).to(tl.float64)
+            factor = factor_of_row(
+                weight, counted_ptr, given_ptr, number, upstream_ptr, n * upstream_stride,
+                MEAN, ITEMS, COUNTED, MODE == SCALED_GRADIENT,
+            )  # fmt: skip
             on_soft = (factor * soft_gain).to(R)
             on_hard = (factor * hard_gain).to(R)
             if not BINARY:
@@ -618,11 +651,7 @@ def row_kernel(
                 elif HARD != NO_HARD and WRITES:
                     dz += on_hard * (tl.exp(z * by_1 - ref_1 - lse_1) - (columns == target).to(R))
                 if WRITES:
-                    if Z_NOISE == MULTIPLICATIVE:
-                        dz = tl.where(z == NEG_INF, dz, dz * (1.0 + eps))
-                    if Z_CAPPED:  # d cap tanh(scale z / cap) / dz
-                        e = tl.exp(-2.0 * tl.abs(raw * slope_z))
-                        dz *= tl.full((), z_scale, R) * (4.0 * e / ((1.0 + e) * (1.0 + e)))
+                    dz = blocks.through(dz, raw, z, eps, tl.full((), z_scale, R), slope_z, Z_CAPPED, Z_NOISE)
                     if PADDED:  # beyond both softmaxes
                         dz = tl.where(inside, dz, 0.0)
                     tl.store(out + columns, blocks.rounded_to(dz, out), mask=columns < width)
@@ -636,7 +665,7 @@ def row_kernel(
                     entropy_v = tl.sum(entropies_v, 0)
                     agrees = tl.sum(agreeing, 0) / classes
                     correct = tl.sum(right, 0) / classes
-            _write_figures(
+            write_figures(
                 rows_ptr, n, N, weight, soft, hard, t_factor, soft_weight, hard_weight,
                 entropy_z, entropy_v, agrees, correct, labelled, R, STATS,
             )  # fmt: skip
@@ -666,7 +695,7 @@ def total_kernel(
     if k == 0:
         if loss_ptr is not None:
             if LOSS_MEAN:
-                total /= _divisor(counted_ptr, given_ptr, number, ITEMS, COUNTED)
+                total /= denominator(counted_ptr, given_ptr, number, ITEMS, COUNTED)
             tl.store(loss_ptr, total.to(to))
     elif STATS:
         counted = N.to(tl.float64)
@@ -676,7 +705,7 @@ def total_kernel(
         if k <= 2:
             divisor = tl.full((), 1.0, tl.float64)
             if STATS_MEAN:
-                divisor = _divisor(counted_ptr, given_ptr, number, ITEMS, COUNTED)
+                divisor = denominator(counted_ptr, given_ptr, number, ITEMS, COUNTED)
         if k == 6:
             divisor = tl.maximum(tl.sum(labels, 0), 1.0)
             tl.store(stats_ptr + 6, counted.to(to))

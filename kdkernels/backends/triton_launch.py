@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
@@ -64,8 +65,13 @@ def item_constants(items: Items) -> dict[str, Any]:
     return {"ITEMS": kind.value, "COUNTED": items.counted is not None}
 
 
-def forward(call: Call, keep: str, out: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, the stats where the spec asks for them, and what is kept for backward."""
+def forward(
+    call: Call, keep: str, out: Tensor | None = None, of_rows: Callable[..., None] | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss, the stats where the spec asks for them, and what is kept for backward.
+
+    `of_rows` launches the rows where `launch` doesn't.
+    """
     student, spec = call.student, call.spec
     leading, rows = student.shape[:-1], student.shape[:-1].numel()
     R, device = compute_dtype(student, call.teachers), student.device
@@ -83,7 +89,7 @@ def forward(call: Call, keep: str, out: Tensor | None = None) -> tuple[Tensor, T
     items = count_items(call)
     counted, given, number = item_arguments(items)
     with _launching(student):
-        launch(
+        (of_rows or launch)(
             MODES[keep], call, items, gradient=kept if keep == "gradient" else None, figures=figures,
             state=kept if keep == "state" else None,
         )  # fmt: skip
@@ -98,13 +104,21 @@ def forward(call: Call, keep: str, out: Tensor | None = None) -> tuple[Tensor, T
     return loss, stats, kept
 
 
-def gradient(upstream: Tensor, call: Call, state: Tensor, out: Tensor | None = None) -> Tensor:
+def gradient(
+    upstream: Tensor,
+    call: Call,
+    state: Tensor,
+    out: Tensor | None = None,
+    of_rows: Callable[..., None] | None = None,
+) -> Tensor:
     """The gradient alone, from the rows and their state, with the upstream factor before the one rounding."""
     student = call.student
     if out is None:
         out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     with _launching(student):
-        launch(SCALED_GRADIENT.value, call, count_items(call), gradient=out, state=state, upstream=upstream)
+        (of_rows or launch)(
+            SCALED_GRADIENT.value, call, count_items(call), gradient=out, state=state, upstream=upstream
+        )
     return out
 
 
@@ -187,8 +201,8 @@ def bits(flags: list[bool]) -> int:
     return sum(1 << m for m, flag in enumerate(flags) if flag)
 
 
-def _check_labels_here(call: Call) -> None:
-    # Elsewhere looking would wait for the device.
+def check_labels_here(call: Call) -> None:
+    """Raises on a label out of range, where looking waits for nothing."""
     if call.labels is not None and call.student.device.type == "cpu":
         reference.targets(call, counted_rows(call))
 
@@ -240,7 +254,7 @@ def launch(
     rows, width = student.shape[:-1].numel(), student.shape[-1]
     if rows == 0:
         return
-    _check_labels_here(call)
+    check_labels_here(call)
     binary_labels = labels is not None and spec.row.binary and uses_labels(call)
     sides = [student, *teachers, labels] if labels is not None and binary_labels else [student, *teachers]
     sides, shape, strides = common_rows(sides, 3)
