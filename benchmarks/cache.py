@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--reads", type=int, default=2000, help="sequences read at random; default: %(default)s")
     p.add_argument(
-        "--steps", type=int, default=12, help="of the slow loops, a tenth of the fast; default: %(default)s"
+        "--steps", type=int, default=8, help="of the slow loops, a tenth of the fast; default: %(default)s"
     )
     p.add_argument(
         "--rows", type=int, default=256, help="whose total variation is taken; default: %(default)s"

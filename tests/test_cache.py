@@ -91,7 +91,9 @@ def test_what_is_appended_is_found(tmp_path: Path) -> None:
 def test_a_beginning_is_found_where_the_teacher_is_causal(tmp_path: Path) -> None:
     (tokens, logits), (short, _) = kept = sequences(300, 40)
     other = torch.cat([tokens[:70], (tokens[70:80] + 1) % V])
-    cache = filled(tmp_path / "a", [*kept, (other, sequences(80, seed=1)[0][1])])
+    others = sequences(80, seed=1)[0][1]
+    cache = filled(tmp_path / "a", [*kept, (other, others)])
+    check(cache.lookup(other[:75]), others[:75])  # and not the first that begins so
     for length in (64, 70, 71, 100, 128, 299, 300):
         check(cache.lookup(tokens[:length]), logits[:length])
     for miss in (tokens[:63], tokens[1:], short[:39], torch.cat([tokens[:100], short])):

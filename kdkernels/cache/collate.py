@@ -34,7 +34,11 @@ class TeacherCollator:
     Attributes:
         cache: What is read.
         base_collator: What makes the batch.
+        classes: How many the student has, where it has fewer than the manifest's; a trainer sets it. An id
+            that the student lacks is an error then.
     """
+
+    classes: int | None = None
 
     def __init__(
         self,
@@ -94,6 +98,12 @@ class TeacherCollator:
         if not spans:
             raise CacheError(f"attention_mask leaves nothing of {self._inputs}")
         found = self.cache.lookup_packed([flat[span] for span in spans])
+        if self.classes is not None and len(found.ids) and int(found.ids.max()) >= self.classes:
+            raise CacheError(
+                f"the cache {self.cache.path} keeps the id {int(found.ids.max())}, of "
+                f"{self.cache.manifest.vocab_size} classes, and the student has {self.classes}: give it a "
+                "head of as many, or build the cache of a teacher of the same vocabulary"
+            )
         return _placed(found, torch.cat(spans), ids.shape)
 
 

@@ -185,9 +185,27 @@ class TeacherCache:
             found.append(rows)
         return self._teacher(found[0] if len(found) == 1 else np.concatenate(found))
 
-    def sequences(self) -> Iterator[tuple[torch.Tensor, TopK | Sampled]]:
-        """The token ids and the teacher of each stored sequence, once each."""
-        for shard, n in self._index.entries():
+    def example(self) -> TopK | Sampled:
+        """One row of one class, of the kind, tail and temperatures that `lookup` gives, on which to try."""
+        ids, one = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+        if self.manifest.kind == "sampled":
+            return Sampled(ids, one, temperature=self.manifest.temperatures[0])
+        return TopK(ids, -one, self._tail, {t: torch.zeros(1) for t in self.manifest.temperatures})
+
+    def sequences(
+        self, sample: int | None = None, seed: int = 0
+    ) -> Iterator[tuple[torch.Tensor, TopK | Sampled]]:
+        """The token ids and the teacher of each stored sequence, once each.
+
+        Args:
+            sample: Of so many, drawn without replacement; None for all, in the order they are stored.
+            seed: Of what is drawn.
+        """
+        entries = list(self._index.entries())
+        if sample is not None and sample < len(entries):
+            chosen = np.random.default_rng(seed).choice(len(entries), sample, replace=False)
+            entries = [entries[n] for n in chosen]
+        for shard, n in entries:
             try:
                 rows = shard.rows(n)
             except CacheError as error:

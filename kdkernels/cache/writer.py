@@ -194,8 +194,6 @@ class CacheWriter:
         self._held += entry.rows.nbytes
         self._known.add(content)
         self.sequences, self.tokens = self.sequences + 1, self.tokens + len(tokens)
-        if self._held >= self._shard_bytes:
-            self.flush()
 
     def _drop(self) -> None:
         for entry in self._entries:
