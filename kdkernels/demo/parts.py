@@ -41,6 +41,13 @@ def hash_of_files(paths: Iterable[Path]) -> str:
     return whole.hexdigest()[:16]
 
 
+def hash_of_array(array: np.ndarray) -> str:
+    """One hash for the numbers of an array and its shape."""
+    whole = hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode())
+    whole.update(np.ascontiguousarray(array).tobytes())
+    return whole.hexdigest()[:16]
+
+
 class Parts:
     """The parts in one folder."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..bench import markdown_table
+from . import cached_report
 from .config import Head
 from .head import IMPLEMENTATIONS
 from .objectives import STUDENTS
@@ -89,6 +90,8 @@ def verdict(figures: Figures) -> list[str]:
                 f"the loss curves of {name} and eager have {difference['early_steps']} steps, fewer than "
                 f"{EARLY_STEPS}"
             )
+    if "cached" in figures:
+        failures += cached_report.failures(figures)
     return failures + _unmeasured(figures) + _disagreeing_heads(figures)
 
 
@@ -159,6 +162,8 @@ def notes(figures: Figures) -> list[str]:
         "both sides' logits, or the hidden states and weights that they are made from; memory is the peak "
         "beyond the inputs; each row is from a process of its own.",
     ]
+    if "cached" in figures:
+        said += cached_report.notes(figures)
     backend = figures["backend"]
     if backend["name"] == "reference":
         why = "; ".join(f"{name}: {text}" for name, text in backend["reasons"].items() if text)
@@ -236,6 +241,7 @@ def markdown(figures: Figures) -> str:
         f"Trained and measured in {figures['seconds'] / 60:.1f} minutes.",
         "",
         markdown_table(*language_table(figures)),
+        *([markdown_table(*cached_report.table(figures))] if "cached" in figures else []),
         markdown_table(*head_table(figures), left=2),
         *(f"- {note}" for note in notes(figures)),
         "",

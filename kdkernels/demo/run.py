@@ -1,4 +1,7 @@
-"""The order of events: corpus, tokenizer, teacher, students, loss head, report; what is on disk stays."""
+"""The order of events: corpus, tokenizer, teacher, students, loss head, report; what is on disk stays.
+
+With `--cached`, after the students: the teacher's cache, students that are distilled from it, their speed.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ import numpy as np
 import torch
 
 from .. import __version__, bench, explain
+from ..cache import Manifest, TeacherCache
 from ..files import replacing
-from . import corpus, head, report
+from . import cached, cached_report, corpus, head, report
 from .baselines import Bigram, Unigram
 from .config import Config, Head, Recipe
 from .model import Transformer
 from .objectives import STUDENTS, StepLoss
-from .parts import Key, Part, Parts, hash_of_files
+from .parts import Key, Part, Parts, digest, hash_of_array, hash_of_files
 from .train import Data, Run, bits_per_byte, score, train
 
 SCHEMA = 2
@@ -57,7 +61,13 @@ class Place:
         }
 
 
-def run(config: Config, out: Path, device: torch.device, root: Path | None = None) -> int:
+def run(
+    config: Config,
+    out: Path,
+    device: torch.device,
+    root: Path | None = None,
+    stored: cached.Stored | None = None,
+) -> int:
     """Run the demo and write `report.md`, `curves.png` and `figures.json` under `out`.
 
     Args:
@@ -65,12 +75,15 @@ def run(config: Config, out: Path, device: torch.device, root: Path | None = Non
         out: Folder of the report and of the finished parts.
         device: Where models are trained and losses measured.
         root: The sources to learn from; this Python's standard library where None.
+        stored: How much of the teacher is cached for students that are distilled from that, too; none are
+            where None. All that doesn't depend on it is the same, and found on disk if it is there.
 
     Returns:
         The exit status: 0, or 1 where the verdict names a failure.
 
     Raises:
         corpus.NoSources: no sources to learn from.
+        CacheError: a folder in the place of the teacher's cache is a cache of something else, or damaged.
     """
     # The report says it in words.
     warnings.filterwarnings("ignore", message="kdkernels runs unfused")
@@ -86,6 +99,8 @@ def run(config: Config, out: Path, device: torch.device, root: Path | None = Non
     labels_only = STUDENTS["hard"].step_loss(config.mix, None)
     teacher = _model(config, place, data, "teacher", config.teacher, 0, labels_only, made_from)
     figures = _language_figures(config, place, data, teacher, made_from)
+    if stored is not None:
+        figures["cached"] = _cached_figures(config, place, data, teacher, made_from, stored)
     figures["heads"] = _heads(config, place)
     logits = torch.zeros(1, 2, device=device)
     chosen = explain(logits, logits)
@@ -114,6 +129,8 @@ def publish(figures: report.Figures, out: Path) -> int:
     with replacing(out / "curves.png") as part:
         report.plot(figures, part)
     bench.print_table("Language models", *report.language_table(figures))
+    if "cached" in figures:
+        bench.print_table("Distilled from a cached teacher", *cached_report.table(figures))
     bench.print_table("Loss head", *report.head_table(figures), left=2)
     for line in figures["notes"]:
         print(f"- {line}")
@@ -228,7 +245,7 @@ def _language_figures(
     """Baselines, teacher and students: bits per byte, and the curves."""
     run, teacher_part = teacher
     teacher_model: Transformer = run.model.eval().requires_grad_(False)
-    from_teacher = {"mix": asdict(config.mix), "teacher": [asdict(config.teacher), place.machine]}
+    from_teacher = _from_teacher(config, place)
     parts: dict[str, list[Part]] = {}
     for name, objective in STUDENTS.items():
         loss = objective.step_loss(config.mix, teacher_model)
@@ -266,6 +283,112 @@ def _language_figures(
             },
         },
     }
+
+
+def _from_teacher(config: Config, place: Place) -> Key:
+    """What a distilled student depends on, besides what every student does."""
+    return {"mix": asdict(config.mix), "teacher": [asdict(config.teacher), place.machine]}
+
+
+def _cached_figures(
+    config: Config,
+    place: Place,
+    data: Data,
+    teacher: tuple[Run, Part],
+    made_from: Key,
+    stored: cached.Stored,
+) -> dict[str, Any]:
+    """The cache of the teacher, the students that are distilled from it, and the speed of a step."""
+    model: Transformer = teacher[0].model.eval().requires_grad_(False)
+    manifests = cached.manifests(stored, config.mix, model, data.vocab, digest(made_from["tokens"]))
+    caches, built = _teacher_caches(config, place, data, model, manifests)
+    depends = {
+        **made_from,
+        **_from_teacher(config, place),
+        "fused": _fused_code(),
+        "cached": {
+            "manifests": {kind: manifest.digest for kind, manifest in manifests.items()},
+            "code": hash_of_files([_DEMO / "cached.py", *(_PACKAGE / "cache").glob("*.py")]),
+        },
+    }
+    arms: dict[str, Any] = {}
+    losses: dict[str, StepLoss] = {
+        name: STUDENTS[name].step_loss(config.mix, model) for name in cached_report.BESIDE
+    }
+    for name, arm in cached.ARMS.items():
+        cache = TeacherCache.open(caches[arm.kind], manifests[arm.kind], tail=arm.tail)
+        losses[name] = cached.step_loss(cache, config.mix)
+        parts = [
+            _model(config, place, data, f"{name}-{seed}", config.student, seed, losses[name], depends)[1]
+            for seed in config.seeds
+        ]
+        arms[name] = {
+            "label": arm.label(stored),
+            "bytes_per_token": cache.bytes_per_token,
+            "students": [{"seed": seed, **_facts(p)} for seed, p in zip(config.seeds, parts, strict=True)],
+            "curves": [p.arrays["curve"].tolist() for p in parts],
+            "losses": [p.arrays["losses"].tolist() for p in parts],
+        }
+    return {
+        "stored": asdict(stored),
+        "build": built,
+        "arms": arms,
+        "speed_rounds": cached.speed_rounds(config.student.steps),
+        "steps_per_second": _speeds(config, place, data, losses, depends),
+    }
+
+
+def _teacher_caches(
+    config: Config, place: Place, data: Data, teacher: Transformer, manifests: dict[str, Manifest]
+) -> tuple[dict[str, Path], dict[str, Any]]:
+    """The folder of the cache of each kind, filled, and what there is to say of that."""
+    folders = {kind: cached.folder_of(place.parts.folder, m) for kind, m in manifests.items()}
+    rows = cached.sequences(data, config.seeds, config.student.steps)
+    key = {"manifests": [m.digest for m in manifests.values()], "sequences": hash_of_array(rows)}
+    part = place.parts.load("teacher-cache", key) or Part({"seconds": 0.0})
+    with place.progress.phase("teacher cache".ljust(16), len(rows)) as progress:
+        started = time.perf_counter()
+        try:
+            cached.build(
+                {folders[kind]: manifests[kind] for kind in folders},
+                teacher,
+                rows,
+                place.device,
+                lambda count, asked: progress.step("asking the teacher" if asked else "from disk", count),
+            )
+        finally:
+            # An interrupted build is one of the builds that the cache is from.
+            if "mass" not in part.facts:
+                part.facts["seconds"] += time.perf_counter() - started
+                place.parts.save("teacher-cache", key, part)
+    if "mass" not in part.facts:
+        part.facts["mass"] = cached.mass(TeacherCache.open(folders["topk"]), rows)
+        place.parts.save("teacher-cache", key, part)
+    return folders, {"sequences": len(rows), "tokens": int(rows.size), **part.facts}
+
+
+def _speeds(
+    config: Config, place: Place, data: Data, losses: dict[str, StepLoss], depends: Key
+) -> dict[str, float]:
+    """Steps per second of each objective: from disk, or measured now."""
+    key = {**depends, "recipe": asdict(config.student), "machine": place.machine, "names": list(losses)}
+    seed = config.seeds[0]
+    prior = Unigram(data.seen(seed, 1)[:, 1:], data.vocab).probability
+    rounds = cached.speed_rounds(config.student.steps)
+    with place.progress.phase("steps per second", rounds) as progress:
+        part = place.parts.load("speeds", key)
+        if part is None:
+            part = Part(
+                cached.steps_per_second(
+                    losses,
+                    lambda: Run(config.student, seed, data, prior, place.device),
+                    lambda _: progress.step("a step of each"),
+                )
+            )
+            place.parts.save("speeds", key, part)
+        else:
+            progress.step("from disk", rounds)
+    return part.facts
 
 
 def _facts(part: Part) -> dict[str, Any]:
@@ -329,7 +452,12 @@ def _measure(config: Config, place: Place, size: Head, implementation: str) -> d
 
 def _total_seconds(figures: dict[str, Any]) -> float:
     trained = [figures["teacher"], *(s for group in figures["students"].values() for s in group)]
-    return sum(model["seconds"] for model in trained) + sum(h["total_seconds"] for h in figures["heads"])
+    built = 0.0
+    if "cached" in figures:
+        trained += [s for arm in figures["cached"]["arms"].values() for s in arm["students"]]
+        built = figures["cached"]["build"]["seconds"]
+    measured = sum(h["total_seconds"] for h in figures["heads"])
+    return sum(model["seconds"] for model in trained) + built + measured
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
