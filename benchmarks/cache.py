@@ -80,7 +80,7 @@ def variation(folder: Path, rows: int) -> tuple[dict[str, float], dict[str, floa
 
 def writing(folder: Path, seconds: float) -> dict[str, float]:
     """Tokens a second of the writer, given what is kept, and given logits."""
-    rows = 128
+    rows = min(128, LENGTH)
     z = logits(rows, 1)
     x, ids = z.log_softmax(-1).topk(K)
     teacher = kd.TopK(ids, x, lse={t: (z.log_softmax(-1) / t).logsumexp(-1) for t in TEMPERATURES})
@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--steps", type=int, default=8, help="of the slow loops, a tenth of the fast; default: %(default)s"
     )
     p.add_argument(
-        "--rows", type=int, default=256, help="whose total variation is taken; default: %(default)s"
+        "--rows", type=int, default=256, help="whose variation is taken, at most 512; default: %(default)s"
     )
     p.add_argument("--seconds", type=float, default=3.0, help="of writing; default: %(default)s")
     p.add_argument("--threads", type=int, default=2, help="default: %(default)s")
