@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import Sampled, TopK
-from kdkernels.cache import CacheError, CacheMiss, Manifest, TeacherCache
+from kdkernels.cache import CacheError, CacheMiss, Manifest, TeacherCache, writer
 from kdkernels.cache.codec import codec_of
 from kdkernels.cache.shard import _metadata, block_checksums
 
@@ -74,7 +74,7 @@ def killed_builds(folder: Path) -> None:
     chance = random.Random(0)
     path, begun, done = folder / "0", 0, 0
     for kill in range(KILLS):
-        reader, writer = os.pipe()
+        reader, end = os.pipe()
         child = os.fork()
         if child == 0:
             with (
@@ -83,10 +83,10 @@ def killed_builds(folder: Path) -> None:
             ):
                 for tokens, teacher in kept:
                     cache.append(tokens, teacher)
-                    os.write(writer, b".")
-            os.write(writer, b"!")
+                    os.write(end, b".")
+            os.write(end, b"!")
             os._exit(0)
-        os.close(writer)
+        os.close(end)
         # Somewhere between two appends, or in the beginning: by what it has done, since machines are busy.
         wanted, said = chance.choice([0, begun, begun + 1, begun + 7, begun + 20]), b""
         while len(said) < wanted and (byte := os.read(reader, 1)):
@@ -169,6 +169,22 @@ def full_disk(path: Path) -> None:
 
 def test_a_full_disk(tmp_path: Path) -> None:
     in_a_process(f"full_disk(Path({str(tmp_path)!r}))")
+
+
+def test_a_shard_that_is_there_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk fails between the shard's name and the folder's flush."""
+    kept = sequences(5, 6)
+
+    def fails(folder: Path) -> None:
+        raise OSError("the disk is gone")
+
+    with TeacherCache.create(tmp_path, MANIFEST) as cache:
+        cache.append(*kept[0])
+        with monkeypatch.context() as patch, pytest.raises(CacheError, match="the disk is gone"):
+            patch.setattr(writer, "_sync_folder", fails)
+            cache.flush()
+        cache.append(*kept[1])
+    assert len(TeacherCache.open(tmp_path)) == 2
 
 
 def test_leftovers_of_other_parts_and_people_stay(tmp_path: Path) -> None:

@@ -24,8 +24,11 @@ class Index:
         self._shards = shards
         self._first = np.cumsum([0, *(len(s) for s in shards)])
         whole = np.concatenate([np.zeros((0, 16), np.uint8), *(s.hashes for s in shards)])
-        self._unique = np.sort(np.unique(whole, axis=0, return_index=True)[1])
-        self._keys = _Sorted(_keys(whole[:, :8]), np.arange(len(whole)))
+        first, second = _keys(whole[:, :8]), _keys(whole[:, 8:])
+        order = np.lexsort((second, first))  # stable: of the same the first comes first
+        again = (np.diff(first[order]) == 0) & (np.diff(second[order]) == 0)
+        self._unique = np.sort(order[np.concatenate([[True], ~again])[: len(order)]])
+        self._keys = _Sorted(first, np.arange(len(whole)))
         prefixes = np.concatenate([np.zeros((0, 8), np.uint8), *(s.prefixes for s in shards)])
         lengths = [np.diff(s.first_prefix) for s in shards]
         owners = np.repeat(np.arange(len(whole)), np.concatenate([np.zeros(0, np.int64), *lengths]))

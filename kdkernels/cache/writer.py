@@ -132,6 +132,7 @@ class CacheWriter:
             return
         path = self.path / f"{self.part}-{self._number:06d}{SUFFIX}"
         open_ = path.with_name(path.name + _OPEN)
+        self._number += 1  # whatever happens: no name is ever written to twice
         try:
             write_shard(open_, self.manifest, self._entries)
             os.replace(open_, path)
@@ -145,7 +146,7 @@ class CacheWriter:
                 f"{path} could not be written: {error}. Shards before it are whole; make room and run again, "
                 f"which goes on with the {lost} tokens that this one would have held"
             ) from error
-        self._entries, self._held, self._number = [], 0, self._number + 1
+        self._entries, self._held = [], 0
 
     def close(self) -> None:
         """Gives up the lock; what was not flushed is dropped. The end of the `with` flushes first."""
