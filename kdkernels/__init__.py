@@ -1,5 +1,10 @@
 """Fused knowledge-distillation losses: one call, one pass, gradient included."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .custom import check_divergence, register_divergence
 from .divergences import DKD, JSD, AlphaBeta, BinaryKL, LogitMSE, SkewKL, SkewReverseKL, gkd
 from .functional import Explanation, KDStats, explain, kd_loss, kd_loss_with_stats, shift_labels
@@ -8,6 +13,9 @@ from .modules import KDLoss
 from .noise import LogitNoise
 from .sources import Head, Logits, Mixture
 from .sparse import Sampled, TopK
+
+if TYPE_CHECKING:
+    from . import cache
 
 __all__ = [
     "DKD",
@@ -26,6 +34,7 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "TopK",
+    "cache",
     "check_divergence",
     "explain",
     "gkd",
@@ -36,3 +45,10 @@ __all__ = [
     "shift_labels",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`cache`, when it is asked for: who has no stored teacher needn't import it."""
+    if name != "cache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(".cache", __name__)

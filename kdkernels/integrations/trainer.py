@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import storage
+from ..cache import TeacherCache
+from ..cache.manifest import NAME as MANIFEST
 from ..models.calls import rows, unwrap
+from ..models.tokenizers import vocabulary_hash
 from ..train.objective import Function, Objective, Progress, Step, Term
 from ..train.outputs import Adaptor
 from ..train.passes import Passes, counts
 from ..train.records import Means
-from ..train.teachers import Ensemble, Stored, modules_of
+from ..train.stored import check_cached, check_loader, collator_of
+from ..train.teachers import Stored, as_teacher, modules_of
 from ..train.terms import HardLabels, SoftTargets
 
 # A trainer, which comes after it in the order of classes.
@@ -41,8 +45,9 @@ class DistillMixin(_Trainer):
 
     Args:
         *args: Of the trainer.
-        teacher: A model; the folder of one; a function of the batch, an `Ensemble` or a list, as `Distiller`
-            takes them; None where batches bring it.
+        teacher: A model; the folder of one, or of a cache; a function of the batch, an `Ensemble`, a list or
+            a `kd.cache.TeacherCache`, as `Distiller` takes them; None where batches bring it, as they do with
+            `cache.collate` for a data_collator.
         objective: An `Objective`, such as one with further options of `kd_loss` (`pad_vocab=True` of a pair
             whose vocabularies are padded to different sizes); None for soft targets and labels with the next
             four, and, of a mixture of experts whose config asks for it, the loss that balances these.
@@ -105,13 +110,16 @@ class DistillMixin(_Trainer):
                 f"{self.args.n_gpu} GPUs in one process are not supported: start one for each, by torchrun "
                 "or accelerate launch"
             )
+        self._kd_agrees = teacher_tokenizer is not None
+        if isinstance(teacher, (str, Path)) and (Path(teacher) / MANIFEST).is_file():
+            teacher = TeacherCache.open(teacher)
         if isinstance(teacher, (str, Path)):
             teacher_tokenizer = teacher_tokenizer or _tokenizer_in(Path(teacher))
             teacher = _model_in(Path(teacher), self.model)
         self.model_accepts_loss_kwargs = True  # in versions that ask for this to know how a loss is scaled
         self.objective, self.adaptor = objective.to(self.args.device), adaptor or Adaptor()
-        given = Stored() if teacher is None else teacher
-        self.teacher = Ensemble(given) if isinstance(given, (list, tuple)) else given
+        self.teacher = as_teacher(teacher)
+        self._check_cached()
         modules = modules_of(self.teacher)
         tokenizers = [teacher_tokenizer] if teacher_tokenizer is not None else map(_tokenizer_of, modules)
         for tokenizer in tokenizers:
@@ -126,6 +134,24 @@ class DistillMixin(_Trainer):
         self._kd_sums: dict[str, Any] = {}
         self._kd_steps = 0
         self._kd_means: Means | None = None
+
+    def _check_cached(self) -> None:
+        """Refuses caches, of the teacher and of the collator, that the terms or the student can't do with."""
+        own = self.teacher.collator if isinstance(self.teacher, Stored) else None
+        for collator in (own, collator_of(self.data_collator)):
+            if collator is not None:
+                check_cached(collator, "teacher", self.objective.terms.items(), [self.model])
+                if not self._kd_agrees:
+                    _check_hash(self.processing_class or _tokenizer_of(self.model), collator.cache)
+
+    def get_train_dataloader(self) -> Any:
+        """As the trainer's; refused where it cuts stored teachers up."""
+        self._check_cached()  # of a collator that was set after all else
+        return check_loader(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Likewise."""
+        return check_loader(super().get_eval_dataloader(*args, **kwargs))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Batches of an optimizer step, of which all is counted here."""
@@ -348,6 +374,19 @@ def _tokenizer_of(model: Any) -> Any:
     except Exception as error:  # which a loaded model does without, of whatever kind
         warnings.warn(f"the tokenizer in {name!r} was not compared: {error}", stacklevel=2)
         return None
+
+
+def _check_hash(ours: Any, cache: TeacherCache) -> None:
+    """Refuses a cache whose manifest has the hash of another tokenizer."""
+    ours, theirs = vocabulary_hash(ours), cache.manifest.tokenizer
+    # Whoever fills a cache may write something else there.
+    if ours is None or theirs is None or theirs.partition(":")[0] != ours.partition(":")[0] or ours == theirs:
+        return
+    raise ValueError(
+        f"the cache {cache.path} is of token ids of another tokenizer: its manifest has {theirs}, and the "
+        f"student's is {ours}. Build one with the student's, which must be the teacher's, too; if "
+        "they agree on all that is used, say so by teacher_tokenizer=, the student's"
+    )
 
 
 def _check_tokenizers(ours: Any, theirs: Any) -> None:

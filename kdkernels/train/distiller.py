@@ -26,7 +26,8 @@ from .outputs import Adaptor, Batch, as_batch, on_device
 from .passes import Given, Passes, counts
 from .position import Position
 from .records import Means, Pace, Row, check_finite
-from .teachers import Ensemble, Stored, modules_of
+from .stored import check_cached, check_loader, collator_of
+from .teachers import Stored, as_teacher, modules_of
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
@@ -67,7 +68,9 @@ class Distiller:
     Args:
         student: The model to train, or several by name.
         teacher: A module; a function of the batch that gives logits, a `kd.Head` or `Outputs`; an `Ensemble`,
-            or a list of teachers as one; several by name; None where batches bring it, as `batch["teacher"]`.
+            or a list of teachers as one; a `kd.cache.TeacherCache`, which batches are looked up in; several
+            by name; None where batches bring it, as `batch["teacher"]`. What a batch brings comes first: a
+            model is asked where that is None.
         objective: An `Objective`.
         optimizer: As `Update` takes it.
         scheduler: Likewise; stepped once for every optimizer step.
@@ -115,9 +118,8 @@ class Distiller:
             raise ValueError(f"accumulate must be a number of batches >= 1, got {accumulate!r}")
         self.models = dict(student) if isinstance(student, Mapping) else {"student": student}
         # Not by its truth: an empty nn.Sequential, which gives its inputs, is false, and so is an empty list.
-        given = Stored() if teacher is None else teacher
-        teachers = dict(given) if isinstance(given, Mapping) else {"teacher": given}
-        self.teachers = {n: Ensemble(t) if isinstance(t, (list, tuple)) else t for n, t in teachers.items()}
+        teachers = dict(teacher) if isinstance(teacher, Mapping) else {"teacher": teacher}
+        self.teachers = {name: as_teacher(each) for name, each in teachers.items()}
         if objective is not None:
             updates = [Update(objective, optimizer, scheduler, tuple(self.models))]
         self.updates = [replace(update) for update in updates or ()]
@@ -151,6 +153,17 @@ class Distiller:
                 f"{', '.join(twice)} would name several figures: terms, metrics and 'loss' need names of "
                 "their own, and several updates, too"
             )
+        for name, teacher in self.teachers.items():
+            if isinstance(teacher, Stored) and teacher.collator is not None:
+                self._check_cached(name, teacher.collator)
+
+    def _check_loaded(self, loader: Any) -> None:
+        if (collator := collator_of(loader)) is not None:
+            self._check_cached("teacher", collator)
+
+    def _check_cached(self, name: str, collator: Any) -> None:
+        for update in self.updates:
+            check_cached(collator, name, update.objective.terms.items(), self.models.values())
 
     # Preparation
 
@@ -326,8 +339,9 @@ class Distiller:
             raise ValueError(f"fit takes steps or epochs, and integers >= 1, got {numbers}")
         if (there := self._checkpoints()) and int(there[-1].name[5:]) > self.progress.step:
             raise ValueError(f"{there[-1]} is of another fit: resume() it, or use another folder")
+        self._check_loaded(loader)
         self._prepare()
-        loader, now = self.position.shard(loader), self.progress
+        loader, now = check_loader(self.position.shard(loader)), self.progress
         try:
             length: int | None = -(-len(loader) // self.accumulate)  # type: ignore[arg-type]
         except TypeError:  # a stream
@@ -406,6 +420,7 @@ class Distiller:
         Raises:
             ValueError: The loader yields nothing.
         """
+        self._check_loaded(loader)
         self._prepare()
         means = Means()
         passes = self._passes
@@ -418,7 +433,7 @@ class Distiller:
             # What is drawn here, of noise or an order, is not drawn from a fit.
             stack.enter_context(torch.random.fork_rng([self.accelerator.device] if cuda else []))
             stack.enter_context(self.accelerator.autocast())
-            for raw in self.position.shard(loader, even=False):
+            for raw in check_loader(self.position.shard(loader, even=False)):
                 given = passes.given([self._placed(raw)])
                 for update in self.updates:
                     totals = counts(given, update.objective.counted)

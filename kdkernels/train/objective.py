@@ -166,6 +166,21 @@ class Term(nn.Module):
         """What a forward pass of a model runs in; the mapping that it gives is added to the outputs."""
         return nullcontext({})
 
+    def check_stored(self, teacher: str, row: Any) -> None:
+        """Raises where a teacher of that name can't be one of which a row such as this is all that is known.
+
+        Args:
+            teacher: Its name.
+            row: A `kd.TopK` or `kd.Sampled` of one row.
+        """
+        needs = [*map(repr, (*self.wants.get(teacher, ()), *self.captures.get(teacher, ())))]
+        if type(self).around is not Term.around:
+            needs.append("what its layers compute")
+        if getattr(self, "teacher", None) == teacher:
+            needs.append("its logits")
+        if needs:
+            raise ValueError(f"it needs {', '.join(needs)}; there are probabilities of some classes alone")
+
     def check(self) -> None:
         """Called when an epoch or a fit ends: raises where the data never had what the term is for."""
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from ..models import heads
 from ..models.calls import counted, inputs, is_from_transformers, unwrap
 from ..sources import Head, Logits, Mixture
+from ..sparse import Sampled, TopK
 
 # Of a batch, what is for the objective and not for the model.
 NOT_INPUTS = ("labels", "mask", "token_weights", "teacher")
@@ -26,8 +27,9 @@ class Outputs(dict[str, Any]):
     """The named tensors of a model's forward pass, and what was captured in it.
 
     `logits` is whatever `kd_loss` takes: a tensor, `kd.Logits`, `kd.Head`, of a teacher `kd.Mixture`; where
-    there is a `head` instead, logits are made of it when they are asked for. A name that isn't there is a
-    KeyError that lists those that are.
+    there is a `head` instead, logits are made of it when they are asked for. Of a stored teacher there is
+    `stored`, a `kd.TopK` or `kd.Sampled`, and nothing else. A name that isn't there is a KeyError that lists
+    those that are.
     """
 
     of = "model"
@@ -35,12 +37,18 @@ class Outputs(dict[str, Any]):
     @property
     def source(self) -> Any:
         """What `kd_loss` is given: the head where there is one."""
-        return self["head" if "head" in self else "logits"]
+        return self["head" if "head" in self else "stored" if "stored" in self else "logits"]
 
     def __missing__(self, name: str) -> Any:
         if name == "logits" and "head" in self:
             self[name] = self["head"].logits()
             return self[name]
+        if "stored" in self:
+            raise MissingOutput(
+                f"the {self.of} is stored and has no {name!r}: a cache keeps the probabilities of some "
+                "classes of each row, and nothing else; leave out what asks for it, or pass the model itself "
+                "as teacher="
+            )
         raise MissingOutput(
             f"the {self.of} gave no {name!r}, only {', '.join(map(repr, self)) or 'nothing'}: let the "
             "adaptor name it, or capture a module by its name"
@@ -119,6 +127,8 @@ def named(result: Any) -> Outputs:
     """A model's result by names."""
     if isinstance(result, (Tensor, Logits, Head, Mixture)):
         return Outputs(logits=result)
+    if isinstance(result, (TopK, Sampled)):
+        return Outputs(stored=result)
     if isinstance(result, Mapping):
         return Outputs((k, v) for k, v in result.items() if v is not None)
     if isinstance(result, (tuple, list)) and result:

@@ -14,7 +14,7 @@ from ..models.calls import constant, evaluating
 from ..models.capture import Capture
 from .objective import Over, Progress, Step, Term, count
 from .outputs import Adaptor, Batch, Outputs, detached, named
-from .teachers import Ensemble, modules_of
+from .teachers import Ensemble, Stored, modules_of
 
 
 class Given(NamedTuple):
@@ -96,6 +96,8 @@ class Passes:
         model: Any = self.ready.get(name, self.teachers.get(name))
         if model is None:
             raise KeyError(f"there is no model {name!r}, only {', '.join([*self.ready, *self.teachers])}")
+        if name == "teacher" and name in self.teachers and raw.get("teacher") is not None:
+            model = model if isinstance(model, Stored) else Stored()  # what is there needn't be asked live
         recorders, wants = self.recorders if isinstance(model, nn.Module) else [], self.wants[name]
         with ExitStack() as stack, torch.set_grad_enabled(again or name in trains):
             if again:  # wrappers expect one pass for every backward
@@ -108,7 +110,13 @@ class Passes:
                 outputs = self.ask(wants, again, model, raw)
                 if self.remembers and not again:
                     known[name] = outputs
-        for more in (*found, *([self.captures[name].take()] if name in self.captures else [])):
+        if "stored" in outputs and again:
+            raise ValueError(
+                f"a term asks the {name} about other inputs than the batch's ({', '.join(entries)}), and it "
+                "is stored: leave the term out, or pass the model itself as teacher="
+            )
+        captured = name in self.captures and "stored" not in outputs
+        for more in (*found, *([self.captures[name].take()] if captured else [])):
             outputs.update(more)
         outputs.of = name
         return outputs

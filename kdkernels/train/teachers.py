@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..cache import TeacherCache
 from ..sources import Mixture
+from ..sparse import Sampled, TopK
 from .outputs import Batch, Outputs
 
 # A module, a function of the batch that gives a source of logits or named outputs, or an `Ensemble` of those.
@@ -25,6 +27,11 @@ class Ensemble:
     def __init__(self, teachers: Sequence[Teacher], weights: Any = None) -> None:
         if not teachers:
             raise ValueError("an ensemble must have a teacher, got none")
+        if any(isinstance(t, (TeacherCache, Stored)) for t in teachers):
+            raise TypeError(
+                "an ensemble averages whole distributions, and a TeacherCache has parts of one: build a "
+                "cache of the ensemble's own predictions, or name the teachers and give each a term"
+            )
         self.teachers, self.weights = list(teachers), weights
 
     def answer(self, batch: Batch, ask: Callable[[Teacher, Batch], Outputs]) -> Outputs:
@@ -33,16 +40,58 @@ class Ensemble:
 
 
 class Stored:
-    """A teacher whose outputs the batch brings: `batch["teacher"]`, a source of logits or named outputs."""
+    """A teacher that isn't run: the batch brings its outputs, or they are looked up in a cache.
+
+    `batch["teacher"]` is a source of logits, a stored one, or named outputs. Where there is none, and there
+    is a cache, the batch's sequences are looked up there, here and not in a loader's workers.
+
+    Args:
+        cache: A `kd.cache.TeacherCache`, or None.
+
+    Attributes:
+        collator: What looks a batch up, or None.
+    """
+
+    def __init__(self, cache: TeacherCache | None = None) -> None:
+        self.collator = None if cache is None else cache.collate(dict)
 
     def __call__(self, batch: Batch) -> Any:
         """What is there."""
-        if batch.get("teacher") is None:
+        found = batch.get("teacher")
+        if found is None and self.collator is not None:
+            found = self.collator.teacher({name: _here(x) for name, x in batch.items()})
+        if found is None:
             raise ValueError(
                 "the objective asks for a teacher, and there is none: pass teacher=, or batches with a "
                 "'teacher' entry"
             )
-        return batch["teacher"]
+        if not isinstance(found, (TopK, Sampled)):
+            return found
+        _check_rows(found, batch)
+        device = next((x.device for x in batch.values() if isinstance(x, Tensor)), None)
+        return found if device is None else found.to(device)
+
+
+def as_teacher(given: Any) -> Any:
+    """What trainers are given as a teacher: none, a cache, or a list as what they are."""
+    if given is None or isinstance(given, TeacherCache):
+        return Stored(given)
+    return Ensemble(given) if isinstance(given, (list, tuple)) else given
+
+
+def _here(x: Any) -> Any:
+    """What a sequence is looked up by is compared on the CPU."""
+    return x.cpu() if isinstance(x, Tensor) and not x.is_floating_point() else x
+
+
+def _check_rows(found: TopK | Sampled, batch: Batch) -> None:
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and found.ids.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"batch['teacher'] has rows {tuple(found.ids.shape[:-1])}, and input_ids are {tuple(ids.shape)}: "
+            "what cut the batch left the teacher whole. Pass the cache as teacher= to the trainer, which "
+            "looks up what is left, instead of cache.collate"
+        )
 
 
 def modules_of(teacher: Any) -> list[nn.Module]:
