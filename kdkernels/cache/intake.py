@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sources import Head
 from .bits import Ints
 from .codec import Floats
 from .errors import CacheError
@@ -17,6 +18,8 @@ from .manifest import Manifest
 _ROUNDING = 0.05
 # Logits at a time. On a CPU so few that malloc has the memory for each at hand; a GPU wants more.
 _CHUNK, _CHUNK_OF_DEVICE = 1 << 20, 1 << 26
+# Logits that a head makes at a time, 128 MiB of float32: 220 rows of 151,936 classes, enough for its product.
+_CHUNK_OF_HEAD = 1 << 25
 
 
 def top_k_rows(manifest: Manifest, length: int, teacher: Any) -> tuple[Ints, Floats, Floats]:
@@ -78,7 +81,7 @@ def sampled_rows(manifest: Manifest, length: int, teacher: Any) -> tuple[Ints, I
     return ids, counts.astype(np.int64)
 
 
-def top_k_of_logits(manifest: Manifest, logits: Tensor) -> tuple[Ints, Floats, Floats]:
+def top_k_of_logits(manifest: Manifest, logits: Tensor | Head) -> tuple[Ints, Floats, Floats]:
     """The k largest of each row of `[S, V]`, and the log-odds of the tail from its own log-sum-exp."""
     parts = []
     for z in _chunks(manifest, logits):
@@ -107,11 +110,11 @@ def _tail_odds(manifest: Manifest, z: Tensor, ids: Tensor, x: Tensor) -> Tensor:
     return torch.stack(odds, dim=-1)
 
 
-def draws_of_logits(manifest: Manifest, logits: Tensor, seed: int) -> tuple[Ints, Ints]:
+def draws_of_logits(manifest: Manifest, logits: Tensor | Head, seed: int) -> tuple[Ints, Ints]:
     """Draws from each row of `[S, V]`: the ids, and how often each."""
     draws, (temperature,) = manifest.draws, manifest.temperatures
     assert draws is not None
-    generator = torch.Generator(logits.device).manual_seed(seed)
+    generator = torch.Generator(_rows_of(logits).device).manual_seed(seed)
     parts = []
     for z in _chunks(manifest, logits):
         p = (z / temperature).softmax(-1)
@@ -127,14 +130,30 @@ def _counted(manifest: Manifest, ids: Ints) -> tuple[Ints, Ints]:
     return ids, counts.astype(np.int64)
 
 
-def _chunks(manifest: Manifest, logits: Tensor) -> Any:
-    step = max((_CHUNK if logits.device.type == "cpu" else _CHUNK_OF_DEVICE) // manifest.vocab_size, 1)
-    for z in logits.detach().split(step):
-        yield z if z.dtype == torch.float64 else z.float()
+def _chunks(manifest: Manifest, logits: Tensor | Head) -> Any:
+    rows = _rows_of(logits)
+    step = max((_CHUNK if rows.device.type == "cpu" else _CHUNK_OF_DEVICE) // manifest.vocab_size, 1)
+    # Whole steps, so that draws are those of logits that are there already.
+    made = max(_CHUNK_OF_HEAD // manifest.vocab_size // step, 1) * step
+    for begin in range(0, len(rows), made):
+        part = logits[begin : begin + made]
+        for z in (part.logits() if isinstance(part, Head) else part).detach().split(step):
+            yield z if z.dtype == torch.float64 else z.float()
+
+
+def _rows_of(logits: Tensor | Head) -> Tensor:
+    return logits.hidden if isinstance(logits, Head) else logits
 
 
 def check_logits(manifest: Manifest, length: int, logits: Any) -> None:
-    """Raises on what is not logits `[length, vocab_size]`."""
+    """Raises on what is not logits `[length, vocab_size]`, or a head that would make them."""
+    if isinstance(logits, Head):
+        shape = (*logits.hidden.shape[:-1], len(logits.weight))
+        if shape != (length, manifest.vocab_size):
+            raise CacheError(
+                f"a kd.Head must make logits [S, V] = {(length, manifest.vocab_size)}, and makes {shape}"
+            )
+        return
     if not isinstance(logits, Tensor) or not logits.dtype.is_floating_point:
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise CacheError(f"logits must be a float tensor, got {got}")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sources import Head
 from .codec import SampledCodec, TopKCodec, codec_of
 from .errors import CacheError
 from .intake import check_logits, draws_of_logits, sampled_rows, top_k_of_logits, top_k_rows
@@ -95,8 +96,10 @@ class CacheWriter:
             self._add_sampled(tokens, content, prefixes, sampled_rows(self.manifest, len(tokens), teacher))
         return True
 
-    def append_logits(self, token_ids: Any, logits: Tensor) -> bool:
+    def append_logits(self, token_ids: Any, logits: Tensor | Head) -> bool:
         """Adds one sequence, and takes what is kept of it from logits `[S, V]`, on any device.
+
+        Of a `kd.Head` they are made some rows at a time.
 
         Row s of them is the distribution after token s. Of `sampled` the draws depend on the seed and the
         token ids alone, so that a build that was interrupted gives what it would have given.
