@@ -9,6 +9,7 @@ BENCHMARKS = {
     "logits": "the losses on logits: time, bandwidth, page faults, peak memory, error",
     "divergences": "every divergence, noise, a mixture: time, share of bandwidth, peak memory, error",
     "linear": "hidden states and heads: time beside the bare products, peak memory, error",
+    "sparse": "a stored teacher of k classes a row: time beside the whole one and eager, peak memory, error",
     "trainer": "a step of the trainer beside the same step written by hand",
     "hf": "a step of a transformers trainer beside the loss written by hand: time, peak memory",
     "cache": "a cached teacher: bytes a token, what they lose, writing, random reads, a trainer's input wait",

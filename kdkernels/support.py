@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +19,10 @@ from .divergences import BUILT_IN, TABLE, AlphaBeta, Parametrised
 from .functional import checked_call, complete
 from .noise import LogitNoise
 from .sources import Head, Logits, Mixture
+from .sparse import Sampled, TopK
 
 STUDENTS = ("tensor", "Logits", "Head")
-TEACHERS = ("tensor", "Logits", "Head", "Mixture")
+TEACHERS = ("tensor", "Logits", "Head", "Mixture", "TopK", "Sampled")
 NOISES = ("none", "teacher", "student", "both")
 ORDER = ("reference", "cpu", "triton", "cuda")  # of the columns
 # What a backend is asked in, which has no float64.
@@ -49,7 +51,7 @@ class Combination:
     ) -> tuple[Any, Any, Tensor, dict[str, Any]]:
         """Student, teacher, labels and options of a small call of this kind, the same at every time."""
         generator = torch.Generator().manual_seed(5)
-        rows, vocab = 2, 6
+        rows, vocab, T = 2, 6, 2.0
 
         def normals(*shape: int) -> Tensor:
             made = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -57,6 +59,10 @@ class Combination:
 
         def logits() -> Tensor:
             return 2 * normals(rows, vocab)
+
+        def top(lp: Tensor) -> TopK:
+            log_probs, ids = lp.topk(3)
+            return TopK(ids, log_probs, lse={T: (lp / T).logsumexp(-1)})
 
         def head(width: int) -> Head:
             return Head(normals(rows, width), normals(vocab, width), normals(vocab), scale=0.5)
@@ -66,6 +72,8 @@ class Combination:
             "Logits": lambda: Logits(logits(), scale=0.5, softcap=4.0),
             "Head": lambda: head(3),
             "Mixture": lambda: Mixture([logits(), Logits(logits(), 2.0), head(5)], [0.5, 0.2, 0.3]),
+            "TopK": lambda: top(logits().log_softmax(-1)),
+            "Sampled": lambda: Sampled(top(logits()).ids, logits().abs()[:, :3], temperature=T),
         }
         student, teacher = sources[self.student](), sources[self.teacher]()
         if TABLE[self.divergence].binary:
@@ -76,7 +84,7 @@ class Combination:
         noise = LogitNoise(0.3, seed=11), LogitNoise(0.2, "multiplicative", seed=12)
         options = {
             "divergence": self.chosen,
-            "temperature": 2.0,
+            "temperature": T,
             "hard_weight": 0.1,
             "teacher_noise": noise[0] if self.noise in ("teacher", "both") else None,
             "student_noise": noise[1] if self.noise in ("student", "both") else None,
@@ -117,6 +125,7 @@ def table() -> str:
         if all(why is None for why in found):
             return "yes"
         why = next(why for why in found if why is not None)
+        why = re.sub(r"divergence='\w+'", "this divergence", why)
         if why not in notes:
             notes.append(why)
         number = f"no ({notes.index(why) + 1})"
@@ -128,7 +137,8 @@ def table() -> str:
         "Each cell stands for the student as a tensor, as `kd.Logits` and as `kd.Head`, with noise on",
         "neither, either or both sides, with and without stats, with the hard term of labels. The tests run",
         "every one of them, but that of heads, whose rows go through the kernels of logits, those with all",
-        "options do where kernels are interpreted.",
+        "options do where kernels are interpreted. `kd.TopK` stands there with its ghost; stored teachers take",
+        "noise on the student's side alone.",
         "What a backend can't do it refuses by name, and `kd.explain` says so beforehand. Made by",
         "`python -m kdkernels.support`.",
         "",

@@ -58,6 +58,8 @@ def names() -> dict[str, Any]:
         "x": torch.randn(2, 6, 4), "weight": torch.randn(V, 4, requires_grad=True),
         "t_x": torch.randn(2, 6, 3), "t_weight": torch.randn(V, 3),
         **language_models(),
+        "ids": v.topk(5).indices, "log_probs": v.log_softmax(-1).topk(5).values,
+        "drawn": torch.randint(V, (2, 6, 8)),
         "V": V, "alpha": 1.0, "targets": torch.rand(2, 6, V), "v1": v, "v2": v + 1, "v3": v.flip(-1),
     }  # fmt: skip
 
@@ -71,9 +73,13 @@ TRAINER = [code for code in SNIPPETS if "kdkernels.train" in code]
 
 
 @pytest.mark.parametrize("code", [code for code in SNIPPETS if code not in TRAINER])
-def test_snippets_run(names: dict[str, Any], code: str) -> None:
+def test_snippets_run(
+    names: dict[str, Any], code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "<README>", "exec"), names)
-    assert names["z" if "student_logits" in code else "student_hidden"].grad is not None
+    trained = {"student_logits": "z", "student_hidden": "student_hidden", "student = ": "student"}
+    assert names[next(name for said, name in trained.items() if said in code)].grad is not None
 
 
 def test_the_trainers_snippets_run(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -575,11 +575,11 @@ def test_types_and_options_of_the_sources() -> None:
         kd.TopK(IDS, LOGS, lse={0: torch.zeros(2)})
     with pytest.raises(ValueError, match="temperature of Sampled must be > 0"):
         kd.Sampled(IDS, LOGS, temperature=-1)
-    with pytest.raises(TypeError, match="ids of TopK must be integer class ids, got torch.float32"):
+    with pytest.raises(TypeError, match=r"ids of TopK must be integer class ids, got torch\.float32"):
         kd.kd_loss(Z, kd.TopK(LOGS, LOGS))
-    with pytest.raises(TypeError, match="log_probs of TopK must be a float tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"log_probs of TopK must be a float tensor, got torch\.int64"):
         kd.kd_loss(Z, kd.TopK(IDS, IDS))
-    with pytest.raises(TypeError, match="student must be .* got TopK"):
+    with pytest.raises(TypeError, match=r"student must be .* got TopK"):
         kd.kd_loss(kd.TopK(IDS, LOGS), Z)  # type: ignore[arg-type]
 
 
