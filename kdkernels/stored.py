@@ -86,7 +86,8 @@ def check_meaning(source: Stored, divergence: Any, params: tuple[float, ...], T:
                 "weights of one temperature say nothing of another; draw again"
             )
         return
-    if source.tail == "zero" and (name in _NEEDS_TAIL or (name == "alpha_beta" and params[0] <= 0)):
+    powers = name == "alpha_beta" and (params[0] <= 0 or params[0] + params[1] <= 0)
+    if source.tail == "zero" and (name in _NEEDS_TAIL or powers):
         raise ValueError(
             f"divergence={name!r} is infinite where the teacher gives nothing, which tail='zero' says of "
             "every class that is not stored: take tail='ghost' or 'renormalize'"

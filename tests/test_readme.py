@@ -52,7 +52,7 @@ def names() -> dict[str, Any]:
     z, v = torch.randn(2, 6, V, requires_grad=True), torch.randn(2, 6, V)
     y = torch.randint(V, (2, 6))
     return {
-        "kd": kd, "F": F, "z": z, "v": v, "y": y, "T": 2.0, "beta": 0.3, "s": 0.5,
+        "kd": kd, "torch": torch, "F": F, "z": z, "v": v, "y": y, "T": 2.0, "beta": 0.3, "s": 0.5,
         "student_logits": z, "teacher_logits": v, "input_ids": y,
         "count_over_all_of_them": 24, "completion_mask": torch.rand(2, 6) < 0.5,
         "x": torch.randn(2, 6, 4), "weight": torch.randn(V, 4, requires_grad=True),

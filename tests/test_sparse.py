@@ -546,6 +546,7 @@ Z = torch.zeros(2, 6)
         (kd.TopK(IDS, LOGS), {"divergence": kd.BinaryKL()}, "asks a question of each class"),
         (kd.TopK(IDS, LOGS, "zero"), {"divergence": "reverse_kl"}, "infinite where the teacher gives"),
         (kd.TopK(IDS, LOGS, "zero"), {"divergence": kd.AlphaBeta(-0.2, 0.7)}, "infinite where"),
+        (kd.TopK(IDS, LOGS, "zero"), {"divergence": kd.AlphaBeta(0.5, -0.5)}, "infinite where"),
         (kd.Sampled(IDS, LOGS.exp()), {"divergence": "tvd"}, "not linear in the teacher's probabilities"),
         (kd.TopK(IDS + 4, LOGS), {}, r"ids of TopK must be in \[0, 6\), or -1 .* got 7 at row 0, place 0"),
         (kd.TopK(IDS - 3, LOGS), {}, "got -2 at row 0, place 1"),
