@@ -132,6 +132,11 @@ def kd_loss(
     gradients of hidden states, weight and bias made in the forward pass. float16, and `reduction="none"`,
     whose rows are weighted only later, compute the logits once more in backward: six products.
 
+    Stored: of a `kd.TopK` with S the stored classes and one more for what is left, the gradient of a class in
+    S is T·(g_j − q_j Σ g), of any other T·q_j (g_tail/q_tail − Σ g); for forward KL T·(q_j − p_j) and
+    T·q_j (1 − (1 − P)/(1 − Q)), P and Q the masses of S. One read of the student's row, one write, and k
+    numbers.
+
     Compiled: under `torch.compile` and `torch.export` a fused loss is one operator, the reference is traced.
     No number is compiled in, so that temperature, weights and `num_items` may change at every step.
 
@@ -140,7 +145,8 @@ def kd_loss(
             states and the head that would make them. Any leading shape and strides; float32, float64,
             bfloat16 or float16.
         teacher: The same, of the same shape, whose kind, dtype and strides may differ; or `kd.Mixture` of
-            several, averaged as probabilities. It receives no gradient.
+            several, averaged as probabilities; or `kd.TopK` or `kd.Sampled` for what is stored of one. It
+            receives no gradient.
         labels: Integer class of each row, `[...]`. Never shifted here: `kd.shift_labels` does that for a
             causal LM. With `kd.BinaryKL` floats in [0, 1], `[..., V]`.
         divergence: A string or an object such as `kd.JSD(beta=0.5)`. `kd.DKD` needs a label in every row that

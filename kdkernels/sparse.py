@@ -29,8 +29,8 @@ class TopK:
 
     - `"ghost"`: one bucket of mass 1 − P against the student's 1 − Q. Of KL(p‖q) that adds
       (1 − P) log((1 − P)/(1 − Q)); the loss is never negative, never above that of the whole distribution,
-      and has its minimum where the masses of S are right. Both masses come from their own sums, not from
-      1 − Q.
+      and has its minimum where the masses of S are right. 1 − Q comes from the sum of its own classes, and so
+      has all its digits.
     - `"zero"`: a bucket of mass 0. Of KL(p‖q) that is Σ_S p log(p/q), which can be negative and makes the
       student over-confident: its optimum is p/P on S. Refused where the divergence is infinite.
     - `"renormalize"`: both distributions over S alone. Classes outside S get no gradient.
