@@ -320,9 +320,8 @@ def test_a_registered_divergence(backend: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_interpreter
-@pytest.mark.parametrize("vocab", [1000, 9000])
+@pytest.mark.parametrize(("vocab", "k"), [(1000, 5), (9000, 5), (1000, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("k", [5, 300])
 def test_passes_over_memory(monkeypatch: pytest.MonkeyPatch, vocab: int, dtype: torch.dtype, k: int) -> None:
     """Of the row 1 read + 1 write where a block holds it, 2 + 1 where not; fp16 1 + 1 more, in backward.
 
