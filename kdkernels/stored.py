@@ -168,7 +168,7 @@ def sparse(source: Stored, T: float, rows: Tensor, classes: int, R: torch.dtype,
         # Rounded log-probabilities may add up to more than 1, and those of all classes to less.
         log_mass = torch.logsumexp(log_p, -1)
         if topk.tail == "renormalize":
-            rest, whole = None, log_mass > -math.inf
+            rest, whole = None, log_mass != -math.inf  # a NaN makes the whole row one
         else:
             whole = (log_mass >= 0) | (there.sum(-1) == classes)
             rest = torch.where(whole, -math.inf, torch.log(-torch.expm1(log_mass)))

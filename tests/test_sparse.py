@@ -392,6 +392,23 @@ def test_infinities(backend: str) -> None:
 
 
 @fused
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_nan_stays_in_its_row_and_is_seen(backend: str, tail: str) -> None:
+    """Whatever the divergence, also where a class that isn't there would have contributed nothing."""
+    v = normals(2, 30, std=2, seed=1)
+    for divergence in ("forward_kl", "reverse_kl", kd.JSD(0.5), "tvd", kd.SkewKL()):
+        if (tail, divergence) == ("zero", "reverse_kl"):
+            continue
+        t = top(v, 4, tail)
+        t.log_probs[1, 2] = math.nan
+        z = normals(2, 30).float().requires_grad_()
+        each = kd.kd_loss(z, t, divergence=divergence, reduction="none", backend=backend)
+        assert each[0].isfinite() and each[1].isnan()
+        grad = gradient(each.sum(), z)
+        assert grad[0].isfinite().all() and grad[1].isnan().any()
+
+
+@fused
 def test_compiled(backend: str) -> None:
     """One graph without breaks, whatever the temperature is among those declared, and the same numbers."""
     torch._dynamo.reset()

@@ -122,7 +122,7 @@ inline bool prepare_row(const KdStored& s, int64_t n, int64_t* keys, int64_t* ot
   double rest = -Real<double>::kInf;
   if (!s.sampled && s.tail != 1) {
     const double mass = log_of_mass(values, k);
-    bool whole = mass > -Real<double>::kInf;
+    bool whole = mass != -Real<double>::kInf;  // a NaN makes the whole row one
     if (s.tail == 0) {
       if (mass > kRounding) return false;
       whole = mass >= 0 || there == s.classes;

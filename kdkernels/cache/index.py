@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bits import Bytes, Ints
-from .keys import BLOCK, hashes
+from .keys import hashes
 from .shard import Shard
 
 Keys = NDArray[np.uint64]
 
 
 class Index:
-    """The first 8 bytes of all hashes, sorted; some 16 bytes for each sequence and each 64 tokens.
+    """The first 8 bytes of all hashes, sorted; some 16 bytes for each sequence and each of its beginnings.
 
     Of sequences that are in several parts the first counts.
     """
@@ -49,7 +49,7 @@ class Index:
             shard, number = self._at(n)
             if shard.length(number) == len(tokens):
                 yield shard, number
-        if causal and len(tokens) >= BLOCK:
+        if causal:
             for n in self._prefixes.find(prefixes[-1].tobytes()):
                 shard, number = self._at(n)
                 if shard.length(number) > len(tokens):

@@ -1,4 +1,8 @@
-"""What a sequence is found by: a hash of its token ids, and of its beginnings of 64, 128, ... of them."""
+"""What a sequence is found by: a hash of its token ids, and of its beginnings.
+
+Of the first 1, 2, 4, 8, 16 and 32 tokens, and of 64, 128, 192 and so on: a shorter sequence than any that is
+stored is looked for by the longest of these that it has, and compared.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from .bits import Bytes, Ints
 from .errors import CacheError
 
 BLOCK = 64
+_SHORT = (1, 2, 4, 8, 16, 32)
 HASH_BYTES, PREFIX_BYTES = 16, 8
 _DOMAIN = b"kdkernels teacher cache 1\0"
 
@@ -42,17 +47,26 @@ def token_array(token_ids: Any, vocab: int) -> Ints:
     return tokens.astype(np.int64)
 
 
+def beginnings(length: int) -> list[int]:
+    """How many tokens those beginnings have that a sequence of this length has."""
+    return [n for n in _SHORT if n <= length] + [*range(BLOCK, length + 1, BLOCK)]
+
+
+def beginnings_of(lengths: Ints) -> Ints:
+    """How many of them there are, for each of several lengths."""
+    return lengths // BLOCK + (lengths[:, None] >= np.array(_SHORT)).sum(1)
+
+
 def hashes(tokens: Ints) -> tuple[bytes, Bytes]:
-    """The hash of a sequence, and the first 8 bytes of those of its beginnings, `[S // 64, 8]`.
+    """The hash of a sequence, and the first 8 bytes of those of its beginnings, `[..., 8]`.
 
     BLAKE2b, 16 bytes of it, over a domain string and the ids as little-endian int64.
     """
     octets = tokens.astype("<i8").tobytes()
-    state = hashlib.blake2b(_DOMAIN, digest_size=HASH_BYTES)
-    beginnings, whole = [], len(tokens) // BLOCK
-    for n in range(whole):
-        state.update(octets[8 * BLOCK * n : 8 * BLOCK * (n + 1)])
-        beginnings.append(state.copy().digest()[:PREFIX_BYTES])
-    state.update(octets[8 * BLOCK * whole :])
-    prefixes = np.frombuffer(b"".join(beginnings), np.uint8).reshape(whole, PREFIX_BYTES)
-    return state.digest(), prefixes
+    state, found, done = hashlib.blake2b(_DOMAIN, digest_size=HASH_BYTES), [], 0
+    for end in beginnings(len(tokens)):
+        state.update(octets[8 * done : 8 * end])
+        found.append(state.copy().digest()[:PREFIX_BYTES])
+        done = end
+    state.update(octets[8 * done :])
+    return state.digest(), np.frombuffer(b"".join(found), np.uint8).reshape(-1, PREFIX_BYTES)

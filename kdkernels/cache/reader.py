@@ -153,7 +153,7 @@ class TeacherCache:
     def lookup(self, token_ids: Any) -> TopK | Sampled:
         """The teacher's distributions after each token of one sequence, unpacked and without padding.
 
-        With a causal teacher a beginning of a stored sequence is found, too, from 64 tokens on.
+        With a causal teacher the beginning of a stored sequence is found, too.
 
         Args:
             token_ids: Its S token ids.

@@ -3,7 +3,7 @@
     rows      U8  [tokens, stride]   of each position the codec's bytes, then the token id, little-endian
     offsets   I64 [sequences + 1]    where each sequence begins in `rows`
     hashes    U8  [sequences, 16]    of each, `keys.hashes`
-    prefixes  U8  [..., 8]           of the beginnings of each, floor(S / 64) of them
+    prefixes  U8  [..., 8]           of the beginnings of each, `keys.beginnings`
     crc32     U32 [...]              of each 64 rows of each sequence, ceil(S / 64) of them
     checksum  U32 [1]                CRC-32 of the file's header, then offsets, hashes, prefixes and crc32
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from .bits import Bytes, Ints
 from .errors import CacheError
-from .keys import BLOCK, HASH_BYTES, PREFIX_BYTES
+from .keys import BLOCK, HASH_BYTES, PREFIX_BYTES, beginnings_of
 from .manifest import FORMAT, VERSION, Manifest
 
 SUFFIX = ".safetensors"
@@ -139,7 +139,7 @@ class Shard:
         self._crc32: NDArray[np.uint32] = np.frombuffer(parts["crc32"], "<u4")
         lengths = self._checked_lengths(header["rows"]["shape"][0])
         self._first_block = np.cumsum([0, *-(-lengths // BLOCK)])
-        self.first_prefix: Ints = np.cumsum([0, *lengths // BLOCK])
+        self.first_prefix: Ints = np.cumsum([0, *beginnings_of(lengths)])
         if self._first_block[-1] != len(self._crc32) or self.first_prefix[-1] != len(self.prefixes):
             raise ValueError("its checksums or hashes are not as many as its rows ask for")
 
