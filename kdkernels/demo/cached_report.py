@@ -74,10 +74,12 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Interval:
 
 
 def share(hard: Sequence[float], live: Sequence[float], arm: Sequence[float]) -> Interval | None:
-    """Of (hard − arm) / (hard − live), seed by seed; None where hard − live isn't above 0 for certain."""
-    if not difference(hard, live).low > 0 or any(h == v for h, v in zip(hard, live, strict=True)):
+    """Of (hard − arm) / (hard − live), seed by seed; None where the interval of hard − live isn't above 0."""
+    gaps = [h - v for h, v in zip(hard, live, strict=True)]
+    # A seed without a gap has no share, however sure the others are.
+    if not interval(gaps).low > 0 or 0 in gaps:
         return None
-    return interval([(h - a) / (h - v) for h, v, a in zip(hard, live, arm, strict=True)])
+    return interval([(h - a) / gap for h, a, gap in zip(hard, arm, gaps, strict=True)])
 
 
 def bits(figures: Figures, name: str) -> list[float]:
