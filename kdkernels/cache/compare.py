@@ -75,8 +75,8 @@ def differences(cache: TeacherCache, model: Any, sample: int, seed: int) -> Diff
             if isinstance(part, TopK):
                 _add(found, part, z)
             else:
-                mean, spread = _surprise(part, z, cache.manifest.draws or 1)
-                surprise, variance = surprise + mean, variance + spread
+                excess, spread = _surprise(part, z, cache.manifest.draws or 1)
+                surprise, variance = surprise + excess, variance + spread
     if not found.rows:
         raise CacheError(f"{cache.path} holds nothing that could be compared")
     for each in (found.mean, found.mass):
