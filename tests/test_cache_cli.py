@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdkernels import Head, Sampled, TopK, cache_cli, cli
 from kdkernels.cache import CacheError, Manifest, TeacherCache, build, folder, servers, texts
+from kdkernels.cache.rows import stride
 from kdkernels.models.tokenizers import vocabulary_hash
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{n}" for n in range(60))]
@@ -506,3 +507,42 @@ def test_help_names_the_forms_and_a_missing_package_is_one_line(
     got = run("build", "--teacher", teacher, "--data", data, "--out", tmp_path / "cache")
     assert got.endswith("a teacher is run by transformers, safetensors: pip install 'kdkernels[hf]'")
     assert cache_cli.info_lines.__doc__
+
+
+def test_the_documents_commands_and_snippets_run(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In their order, on a folder of the names that they use."""
+    pytest.importorskip("accelerate")
+    from transformers import DataCollatorForLanguageModeling, TrainingArguments
+
+    document = (Path(__file__).parent.parent / "docs" / "cached-teachers.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher, "teacher")
+    Path("texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts_of()))
+    Path("responses.jsonl").write_text(json.dumps(responses(loaded(teacher))["chat"]))
+    tokenizer, model = folder.tokenizer_of(teacher), loaded(teacher)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    data = [{"input_ids": tokenizer(text)["input_ids"]} for text in texts_of()]
+    names: dict[str, Any] = {
+        "student": loaded(teacher), "teacher": model, "data": data, "collator": collator,
+        "more_data": [*data, {"input_ids": [5, 6, 7]}], "loader": [collator(data)],
+        "args": TrainingArguments(
+            "runs", max_steps=4, per_device_train_batch_size=4, report_to=[], save_strategy="no", use_cpu=True
+        ),
+    }  # fmt: skip
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", document, re.S)
+    assert [kind for kind, _ in blocks].count("python") == 4
+    for kind, code in blocks:
+        if kind == "python":
+            exec(compile(code, "cached-teachers.md", "exec"), names)
+            continue
+        for line in code.splitlines():
+            assert run(*line.split()[2:]) is None, line
+    assert "1 batches had no stored teacher" in capsys.readouterr().out
+    table = [re.findall(r"[\d,]+", line) for line in document.splitlines() if re.match(r"\| \d", line)]
+    assert len(table) == 4
+    for vocab, *sizes in table:
+        for k, size in zip((8, 16, 32, 64, 128, 256), sizes, strict=True):
+            manifest = Manifest("t", vocab_size=int(vocab.replace(",", "")), k=k, temperatures=(1, 2))
+            assert stride(manifest) == int(size)

@@ -151,6 +151,17 @@ def test_distiller_has_the_losses_and_gradients_of_the_whole_teacher(how: str, c
     assert shifted[1][0] != pytest.approx(wanted[1][0], rel=0.01)
 
 
+def test_a_model_of_ones_own(cache: TeacherCache) -> None:
+    """Whose batches are its inputs and labels."""
+    ids = torch.stack([row["input_ids"] for row in rows() if len(row["input_ids"]) == 9])
+    own = nn.Sequential(nn.Embedding(V, 8), nn.Linear(8, V))
+    whole, found = (
+        Distiller(own, given, Objective(soft=SoftTargets(temperature=T))).evaluate([(ids, ids)])
+        for given in (lambda batch: Dense(cache, rows())({"input_ids": batch["inputs"]}), cache)
+    )
+    assert found == pytest.approx(whole, rel=1e-5)
+
+
 def test_evaluation_and_workers_of_a_loader(cache: TeacherCache) -> None:
     given = rows()
     student = llama(8)
@@ -399,6 +410,8 @@ def test_what_else_a_cache_is_asked_for_is_said(cache: TeacherCache) -> None:
     for said, ask in asks.items():
         with pytest.raises((ValueError, KeyError), match=said):
             Distiller(llama(8), cache, Objective(asks=ask)).evaluate(batch)
+    with pytest.raises(ValueError, match="by its 'input_ids', or 'inputs', and has 'x'"):
+        Distiller(nn.Linear(2, V), cache, Objective(soft=SoftTargets())).evaluate([{"x": torch.ones(2, 2)}])
     with pytest.raises(TypeError, match="an ensemble averages whole distributions"):
         Ensemble([teacher(), cache])
     from test_hf import made

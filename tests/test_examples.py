@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NEEDS = {"plain_loop": ["transformers"], "hf_trainer": ["transformers", "accelerate"], "trl_gkd": ["trl"]}
+NEEDS = {
+    "plain_loop": ["transformers"],
+    "hf_trainer": ["transformers", "accelerate"],
+    "cached_teacher": ["transformers", "accelerate"],
+    "trl_gkd": ["trl"],
+}
 
 
 @pytest.mark.parametrize("name", NEEDS)

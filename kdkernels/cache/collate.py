@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Where packed rows are taken apart, by the names that collators and models have for it.
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seqlens", "cu_seq_lens")
+# All that a batch is looked up by.
+LOOKED_AT = ("input_ids", "attention_mask", "position_ids", *_BOUNDARIES)
 _WORKERS = 256
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..cache import TeacherCache
+from ..cache.collate import LOOKED_AT
 from ..sources import Mixture
 from ..sparse import Sampled, TopK
 from .outputs import Batch, Outputs
@@ -59,7 +60,7 @@ class Stored:
         """What is there."""
         found = batch.get("teacher")
         if found is None and self.collator is not None:
-            found = self.collator.teacher({name: _here(x) for name, x in batch.items()})
+            found = self.collator.teacher(_here(batch))
         if found is None:
             raise ValueError(
                 "the objective asks for a teacher, and there is none: pass teacher=, or batches with a "
@@ -79,9 +80,17 @@ def as_teacher(given: Any) -> Any:
     return Ensemble(given) if isinstance(given, (list, tuple)) else given
 
 
-def _here(x: Any) -> Any:
-    """What a sequence is looked up by is compared on the CPU."""
-    return x.cpu() if isinstance(x, Tensor) and not x.is_floating_point() else x
+def _here(batch: Batch) -> Batch:
+    """What a batch's sequences are found by, on the CPU, where they are compared."""
+    found = {name: batch[name] for name in LOOKED_AT if name in batch}
+    if "input_ids" not in found and "inputs" in batch:  # of a model that is no other's
+        found["input_ids"] = batch["inputs"]
+    if "input_ids" not in found:
+        raise ValueError(
+            "a batch is looked up in a cache by its 'input_ids', or 'inputs', and has "
+            f"{', '.join(map(repr, batch)) or 'nothing'}"
+        )
+    return {name: x.cpu() if isinstance(x, Tensor) else x for name, x in found.items()}
 
 
 def _check_rows(found: TopK | Sampled, batch: Batch) -> None:
