@@ -36,11 +36,11 @@ def outcome(c: Combination, backend: str, device: str) -> tuple[Tensor, Tensor, 
 
 
 def needed(c: Combination, backend: str) -> bool:
-    """Whether a cell is run: of heads, whose rows go through the kernels of logits, where those are
-    interpreted only the cells with all options."""
-    heads = "Head" in (c.student, c.teacher)
-    all_options = "student" if c.teacher in ("TopK", "Sampled") else "both"
-    return not (heads and interpreted(backend)) or (c.noise == all_options and c.stats)
+    """Whether a cell is run. Where kernels are interpreted, tensors and `kd.Logits` in all of them, and the
+    other sources, which have tests of their own, in those with all options."""
+    stored = c.teacher in ("TopK", "Sampled")
+    few = interpreted(backend) and (c.student == "Head" or c.teacher not in ("tensor", "Logits"))
+    return not few or (c.noise == ("student" if stored else "both") and c.stats)
 
 
 @pytest.mark.parametrize("divergence", sorted(BUILT_IN))
