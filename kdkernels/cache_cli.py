@@ -193,9 +193,8 @@ def _told(command: str) -> Iterator[None]:
     except (CacheError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"kdkernels cache {command}: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit(
-            f"kdkernels cache {command}: interrupted; what was done is kept, and the same command goes on"
-        ) from None
+        print("interrupted; what was done is kept, and the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _device(given: str | None) -> str:
@@ -340,7 +339,9 @@ def info_lines(folder: Path, sample: int) -> list[str]:
         f"sequences     {len(cache):,}",
         f"tokens        {cache.tokens:,}",
         f"bytes         {size:,} in {sum(path.suffix == '.safetensors' for path in files)} shards",
-        f"per token     {cache.bytes_per_token:.1f} bytes",
+        f"per token     {cache.bytes_per_token:.1f} bytes"
+        if cache.tokens
+        else "per token     nothing is there",
     ]
     if manifest.kind == "topk" and len(cache):
         mass = masses(cache, sample, 0)

@@ -256,7 +256,11 @@ def test_folders_that_would_run_code_are_refused(teacher: Path, data: Path, tmp_
 
 
 def test_an_interrupted_build_keeps_what_was_done(
-    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Ctrl-C after some batches: their rows are there, whole, and the same command adds the rest."""
     out, real, calls = tmp_path / "cache", build.answers, []
@@ -270,7 +274,8 @@ def test_an_interrupted_build_keeps_what_was_done(
     command = ("build", "--teacher", teacher, "--data", data, "--out", out, "--batch-tokens", 20)
     with monkeypatch.context() as patch:
         patch.setattr(build, "answers", interrupted)
-        assert "interrupted; what was done is kept" in run(*command)
+        assert run(*command) == 130
+    assert "interrupted; what was done is kept" in capsys.readouterr().err
     some = TeacherCache.open(out)
     assert 0 < len(some) < 12 and some.verify().sequences == len(some)
     assert run(*command) is None
@@ -488,6 +493,46 @@ def test_servers_forms_that_lack_something(teacher: Path) -> None:
         list(servers.sequences_of({"text": "w1"}, "here"))
     lowest = servers.sequences_of({"token_ids": [1], "top_logprobs": [[[3, -9999.0]]]}, "here")
     assert next(lowest)[1] == [[(3, -math.inf)]]
+
+
+def test_damaged_responses_are_read_or_refused(teacher: Path) -> None:
+    """A value anywhere in them replaced by another: never an error of another kind."""
+    import copy
+    import random
+
+    made, draw, refused = responses(loaded(teacher)), random.Random(0), 0
+    junk: list[Any] = [
+        None,
+        5,
+        "x",
+        "token_id:9",
+        [],
+        {},
+        [[]],
+        {"a": 1},
+        -1.0,
+        True,
+        math.nan,
+        1e400,
+        1 << 70,
+    ]
+    for form in made:
+        for _ in range(300):
+            record: Any = copy.deepcopy(made[form])
+            place, depth = record, draw.randrange(6)
+            while place:
+                key = draw.choice([*place] if isinstance(place, dict) else range(len(place)))
+                if depth == 0 or not isinstance(place[key], (dict, list)) or not place[key]:
+                    place[key] = draw.choice(junk)
+                    break
+                place, depth = place[key], depth - 1
+            try:
+                for ids, rows in servers.sequences_of(record, "here"):
+                    stored = servers.stored(rows, K, True, servers.Tally(), "here")
+                    assert len(ids) == len(rows) == len(stored.ids)
+            except CacheError:
+                refused += 1
+    assert 600 < refused < 1800
 
 
 def test_log_probs_at_another_temperature_are_refused(tmp_path: Path) -> None:

@@ -410,8 +410,10 @@ def test_what_else_a_cache_is_asked_for_is_said(cache: TeacherCache) -> None:
     for said, ask in asks.items():
         with pytest.raises((ValueError, KeyError), match=said):
             Distiller(llama(8), cache, Objective(asks=ask)).evaluate(batch)
-    with pytest.raises(ValueError, match="by its 'input_ids', or 'inputs', and has 'x'"):
-        Distiller(nn.Linear(2, V), cache, Objective(soft=SoftTargets())).evaluate([{"x": torch.ones(2, 2)}])
+    with pytest.raises(ValueError, match="by its 'input_ids', or 'inputs', and has 'input'"):
+        Distiller(nn.Linear(2, V), cache, Objective(soft=SoftTargets())).evaluate(
+            [{"input": torch.ones(2, 2)}]
+        )
     with pytest.raises(TypeError, match="an ensemble averages whole distributions"):
         Ensemble([teacher(), cache])
     from test_hf import made

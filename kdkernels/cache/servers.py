@@ -137,9 +137,10 @@ def _of_sglang(record: Mapping[str, Any], where: str) -> tuple[list[int], Rows]:
     said = [_second(entry, where) for entry in parts["input_token_logprobs"]]
     given = record.get("input_ids") or record.get("prompt_token_ids")
     prompt = said if given is None else _ids(given, f"{where}: input_ids")
-    if len(prompt) < meta.get("prompt_tokens", len(prompt)) or prompt[len(prompt) - len(said) :] != said:
+    count = meta.get("prompt_tokens")
+    if (isinstance(count, int) and len(prompt) < count) or prompt[len(prompt) - len(said) :] != said:
         raise CacheError(
-            f"{where}: input_token_logprobs has {len(said)} of {meta.get('prompt_tokens')} tokens of the "
+            f"{where}: input_token_logprobs has {len(said)} of {count} tokens of the "
             "prompt: pass logprob_start_len=0 to the server, or put the prompt's ids beside as 'input_ids'"
         )
     answer = [_second(entry, where) for entry in parts["output_token_logprobs"]]
@@ -152,7 +153,7 @@ def _of_sglang(record: Mapping[str, Any], where: str) -> tuple[list[int], Rows]:
             place = f"{where}: meta_info.{name}[{n}]"
             row = None if entry is None else [_pair(x[1], x[0], place) for x in _triples(entry, place)]
             _put(rows, first + n - 1, row, place)
-    if not rows:
+    if all(row is None for row in rows):
         raise CacheError(
             f"{where}: meta_info has no log-probabilities: pass return_logprob=true to the server"
         )
@@ -215,7 +216,7 @@ def _answer(given: Any, where: str) -> tuple[Rows, list[int] | None, bool]:
         return rows, _of_strings(tokens), False
     tops = _list(given.get("top_logprobs"), f"{where}.top_logprobs")
     rows = [_row(entry, f"{where}.top_logprobs[{n}]", False) for n, entry in enumerate(tops)]
-    ids = _of_strings(given.get("tokens") or [])
+    ids = _of_strings(_list(given.get("tokens") or [], f"{where}.tokens"))
     echo = bool(rows) and rows[0] is None
     if echo and (ids is None or len(ids) != len(rows)):
         raise CacheError(f"{where}.tokens are strings: {_REMEDY}")
