@@ -12,9 +12,10 @@ import numpy as np
 
 CONFIDENCE = 0.95
 
-# The claim that is measured: this share of what the live teacher gives is left in its cache.
-CLAIMED_SHARE = 0.9
-CLAIMED_ARM = "ghost"
+# The mark: a cache of this arm should leave this share of what the live teacher gives. A teacher as young as
+# the demo's misses it by far: a third of its mass is outside its 64 most probable classes.
+MARK = 0.9
+MARKED_ARM = "ghost"
 
 # The students that the cached ones are compared with, and what they are called here.
 HARD, LIVE = "hard", "kd_loss"
@@ -136,21 +137,21 @@ def in_per_cent(found: Interval | None) -> str:
     return f"{100 * found.mean:.1f} % ({100 * found.low:.1f} to {100 * found.high:.1f})"
 
 
-def claim_in_words(figures: Figures) -> str:
-    """Whether the ghost tail recovers what is claimed of the gap, as far as the seeds say."""
-    label = figures["cached"]["arms"][CLAIMED_ARM]["label"]
+def mark_in_words(figures: Figures) -> str:
+    """Whether the ghost tail recovers as much of the gap as it should, as far as the seeds say."""
+    label = figures["cached"]["arms"][MARKED_ARM]["label"]
     gap = difference(bits(figures, HARD), bits(figures, LIVE))
     seen = f"{gap.mean:+.4f} bits per byte ({gap.low:+.4f} to {gap.high:+.4f})"
-    found = share_of(figures, CLAIMED_ARM)
+    found = share_of(figures, MARKED_ARM)
     if found is None:
         return f"No gap between hard labels and the live teacher for {label} to recover: {seen}."
-    claimed = f"{100 * CLAIMED_SHARE:.0f} %"
-    if found.low >= CLAIMED_SHARE:
-        verdict = f"at least {claimed}, as claimed"
-    elif found.high < CLAIMED_SHARE:
-        verdict = f"less than the {claimed} that are claimed"
+    mark = f"the mark of {100 * MARK:.0f} %"
+    if found.low >= MARK:
+        verdict = f"{mark} is met"
+    elif found.high < MARK:
+        verdict = f"{mark} is missed"
     else:
-        verdict = f"these seeds don't decide whether it is the {claimed} that are claimed"
+        verdict = f"these seeds don't decide whether {mark} is met"
     return (
         f"{label[0].upper()}{label[1:]} recovers {in_per_cent(found)} of the gap between hard labels and the "
         f"live teacher, {seen}: {verdict}."
@@ -162,12 +163,13 @@ def notes(figures: Figures) -> list[str]:
     cached, vocab = figures["cached"], figures["vocab"]
     built, k = cached["build"], cached["stored"]["k"]
     return [
-        claim_in_words(figures),
+        mark_in_words(figures),
         f"Cached students see the live ones' sequences in the same order, {built['sequences']:,} in all, and "
         f"the teacher is not run; asking it about them beforehand took {built['seconds']:.0f} s, which no "
         "speed counts. Intervals are Student's over the seeds, paired by seed.",
-        f"The {k} classes hold {100 * built['mass']:.1f} % of the teacher's mass on average, of {vocab:,}; "
-        f"logits in 16 bits are {2 * vocab:,} bytes a token.",
+        f"The top {k} of {vocab:,} classes hold {100 * built['mass']:.1f} % of the teacher's mass on "
+        "average; of the rest, a ghost tail teaches the sum alone, and draws teach all of it, with noise. "
+        f"Logits in 16 bits are {2 * vocab:,} bytes a token.",
         f"Steps per second are the median of {cached['speed_rounds']} steps of each objective, interleaved; "
         "looking the teacher up is in them.",
     ]
