@@ -27,7 +27,7 @@ class Built:
     Attributes:
         sequences: That it added.
         tokens: Of those.
-        known: Sequences that were there already.
+        known: Sequences that were there already, or twice in the files.
         seconds: That it took.
     """
 
@@ -61,7 +61,7 @@ def build(
         tell: Called after each batch with what is done and the bytes of the files that are.
     """
     done, started = Built(), time.perf_counter()
-    for group in _groups(_new(writer, sequences, done)):
+    for group in _groups(_new(writer, sequences, done), done):
         before, behind = count.bytes, sum(map(len, group))
         for batch in batches(group, batch_tokens):
             try:
@@ -107,11 +107,13 @@ def _new(writer: CacheWriter, sequences: Iterable[Tokens], done: Built) -> Itera
             yield tokens
 
 
-def _groups(sequences: Iterable[Tokens]) -> Iterator[list[Tokens]]:
+def _groups(sequences: Iterable[Tokens], done: Built) -> Iterator[list[Tokens]]:
     iterator = iter(sequences)
     while first := list(itertools.islice(iterator, 1)):
         group, held = {tuple(first[0]): first[0]}, len(first[0])
         while held < _AHEAD and (more := next(iterator, None)) is not None:
-            if tuple(more) not in group:
+            if tuple(more) in group:
+                done.known += 1
+            else:
                 group[tuple(more)], held = more, held + len(more)
         yield list(group.values())
