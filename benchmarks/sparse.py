@@ -1,4 +1,4 @@
-"""``python -m benchmarks sparse``: a stored teacher of k classes a row, forward + backward, and the whole one.
+"""``python -m benchmarks sparse``: a stored teacher of k classes a row beside the whole, forward + backward.
 
 `kd_loss` of `kd.TopK` is timed beside `kd_loss` of the logits that it is from, beside the same loss as its
 users write it in eager PyTorch (the fastest of several spellings), and beside a pass that reads the student's
@@ -160,7 +160,7 @@ def _lse(z: Tensor) -> Tensor:
 
 
 def errors(got: tuple[Tensor, Tensor], case: Case, z: Tensor, rows: int = 16) -> tuple[float, float]:
-    """Of the loss, relative to itself, and of the gradient, relative to the row's largest entry; some rows."""
+    """Of some rows: of the loss, relative to itself; of the gradient, relative to a row's largest entry."""
     wide = z[:rows].detach().double().requires_grad_()
     each = case.truth(wide)
     (gradient,) = torch.autograd.grad(each.sum() / len(z), wide)
@@ -239,7 +239,8 @@ def table(document: dict[str, Any]) -> list[list[str]]:
         eager = eager_best(best)
         rows.append(
             [
-                name, f"{best['stored']:.2f}", f"{best['dense']:.2f}", f"{best['dense'] / best['stored']:.2f}",
+                name, f"{best['stored']:.2f}", f"{best['dense']:.2f}",
+                f"{best['dense'] / best['stored']:.2f}",
                 f"{eager:.1f}", f"{eager / best['stored']:.1f}",
                 f"{100 * best['read and write'] / best['stored']:.0f} %",
                 "not measured" if peak is None else f"{100 * peak:.2f} %", f"{found['errors'][1]:.0e}",
@@ -274,11 +275,12 @@ def notes(document: dict[str, Any]) -> list[str]:
     )
     busy = max((found["other_cpus"] or 0.0 for found in document["cases"].values()), default=0.0)
     lines = [
-        f"({s['rows']:,}, {s['vocab']:,}) {s['dtype']}, k = {s['k']}, forward + backward, best times; {machine}, "
+        f"({s['rows']:,}, {s['vocab']:,}) {s['dtype']}, k = {s['k']}, forward + backward, best times; "
+        f"{machine}, "
         f"torch {environment['torch']}; kd_loss on backend='{document['backend']}'.",
         "Eager: the fastest of log_softmax and gather, or gather and logsumexp, autograd behind it.",
-        "A read and a write: a product with a number from one tensor of the logits' size to another, in the same "
-        "run: what a stored teacher costs at least.",
+        "A read and a write: a product with a number from one tensor of the logits' size to another, in the "
+        "same run: what a stored teacher costs at least.",
         "Beyond the gradient: peak memory of a step less the gradient of the logits, over that gradient.",
         "Gradient error: of 16 rows against fp64, relative to a row's largest entry.",
     ]
@@ -292,7 +294,8 @@ def notes(document: dict[str, Any]) -> list[str]:
 def markdown(document: dict[str, Any]) -> str:
     """The report."""
     said = "".join(f"- {line}\n" for line in notes(document))
-    return f"# Stored teachers\n\n`{document['command']}`\n\n{said}\n{bench.markdown_table(HEAD, table(document), 1)}"
+    made = bench.markdown_table(HEAD, table(document), 1)
+    return f"# Stored teachers\n\n`{document['command']}`\n\n{said}\n{made}"
 
 
 def parser() -> argparse.ArgumentParser:

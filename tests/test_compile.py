@@ -401,7 +401,8 @@ def operator_inputs(
     spec = call.spec
     return (
         call.student, list(call.teachers), *call[2:6], None, call.student_seed, call.teacher_seed,
-        *(call.sparse or (None,) * 4), pack(spec, None), spec.divergence, kind_of(spec.student_noise) + kind_of(spec.teacher_noise),
+        *(call.sparse or (None,) * 4), pack(spec, None), spec.divergence,
+        kind_of(spec.student_noise) + kind_of(spec.teacher_noise),
         -100, reduction, stats, 10, keep, backend,
     )  # fmt: skip
 

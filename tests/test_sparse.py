@@ -392,6 +392,32 @@ def test_infinities(backend: str) -> None:
 
 
 @fused
+@pytest.mark.parametrize("T", [1.0, 2.0])
+def test_long_rows_with_noise_and_large_logits(backend: str, T: float) -> None:
+    """Several runs of classes, of which a later one has the maximum; exponents of millions."""
+    V = 9001
+    v = normals(2, V, std=3, seed=1)
+    t = top(v, 40, T=T)
+    labels = torch.tensor([int(t.ids[0, 3]), 17])
+    rising = normals(2, V) + torch.linspace(-30, 30, V)
+    whole_numbers = (4 * normals(2, V)).round()
+    for z, noise in (
+        (rising, None),
+        (whole_numbers + 2**22, None),
+        (whole_numbers - 2**22, None),
+        (normals(2, V), kd.LogitNoise(0.5, seed=2)),
+        (normals(2, V), kd.LogitNoise(0.5, "multiplicative", seed=2)),
+    ):
+        x = z.float().requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        options = {"temperature": T, "hard_weight": 0.5, "student_noise": noise, "reduction": "none"}
+        each = kd.kd_loss(x, t, labels, backend=backend, **options)
+        exact = kd.kd_loss(wide, t, labels, backend="reference", **options)
+        torch.testing.assert_close(each.double(), exact, rtol=2e-5, atol=2e-5)
+        assert_near(gradient(each.sum(), x), gradient(exact.sum(), wide), torch.float32)
+
+
+@fused
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_nan_stays_in_its_row_and_is_seen(backend: str, tail: str) -> None:
     """Whatever the divergence, also where a class that isn't there would have contributed nothing."""

@@ -59,95 +59,157 @@ struct FromBFloat16 {
   KD_FN R operator()(int64_t i) const { return (R)from_bfloat16(x[i]); }
 };
 
+// `read` of any number of classes.
+template <class R>
+const R* read_run(const Reader& r, int64_t begin, int64_t n, R* to) {
+  const R* first = read(r, begin, n < kBlock ? n : kBlock, to);
+  if (first != to) return first;
+  for (int64_t i = kBlock; i < n; i += kBlock) read(r, begin + i, n - i < kBlock ? n - i : kBlock, to + i);
+  return to;
+}
+
 // Calls f with what reads classes [begin, begin + n): a block of bfloat16 isn't written down first.
 template <class R, class F>
 KD_FN void with_block(const Reader& r, int64_t begin, int64_t n, R* block, F f) {
   if (r.type == kBFloat16 && r.column == 1 && !r.scales() && r.excluded < 0)
     f(FromBFloat16<R>{(const uint16_t*)r.row + begin});
   else
-    f(InPlace<R>{read(r, begin, n, block)});
+    f(InPlace<R>{read_run(r, begin, n, block)});
 }
 
-// Sums of e^(c x - minus) with two factors, and the largest x.
-template <bool kOwn, class R, class X>
-KD_FN void exponentials(X x, int64_t n, R cz, R rz, R one, R r1, Ahead next, R (&sums)[2], R& top) {
-  constexpr int kLanes = 64 / sizeof(R);
-  alignas(64) R at_T[kLanes] = {}, at_one[kLanes] = {}, largest[kLanes];
-  for (int l = 0; l < kLanes; ++l) largest[l] = -Real<R>::kInf;
-  auto each = [&](int64_t i, int l) KD_INLINE {
-    const R y = x(i);
-    largest[l] = y > largest[l] ? y : largest[l];
-    at_T[l] += kd_exp(y * cz - rz);
-    if constexpr (kOwn) at_one[l] += kd_exp(y * one - r1);
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    __builtin_prefetch(next.at(i));
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) each(i + l, l);
+// Exponentials of exponents in units: powers of two of floats, which take fewer operations than those of e, and powers of e.
+template <class R>
+struct Powers {
+  static constexpr double kUnit = 1;  // units in 1
+  static KD_FN R raise(R x) { return kd_exp(x); }
+};
+
+template <>
+struct Powers<float> {
+  static constexpr double kUnit = 1.4426950408889634;
+  // 2^x of x <= 127; 0 where that is not a normal number. 2^f - 1 on |f| <= 1/2 by a polynomial whose error is 3e-9 of 2^f.
+  static KD_FN float raise(float x) {
+    x = x < -127 ? -127 : x;  // as a maximum in which NaN stays NaN
+    const float rounded = x + Real<float>::kRound, f = x - (rounded - Real<float>::kRound);
+    float p = 1.55946782e-4f;
+    p = p * f + 1.34066439e-3f;
+    p = p * f + 9.61769297e-3f;
+    p = p * f + 5.55031055e-2f;
+    p = p * f + 2.40226528e-1f;
+    p = p * f + 6.93147215e-1f;
+    p = p * f + 1;
+    return p * bits<float>((int)((unsigned)bits<int>(rounded) << 23) + Real<float>::kOne);
   }
-  for (int l = 0; i < n; ++i, ++l) each(i, l);
-  top = maximum(largest, kLanes);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) {
-      at_T[l] += at_T[l + half];
-      at_one[l] += at_one[l + half];
+};
+
+// What the student's logits are multiplied by to be exponents, in units and in all digits of what that comes to.
+template <class R>
+struct Factors {
+  R at_T, at_one;
+  double y, one;
+  explicit Factors(const Frame<R>& f)
+      : at_T((R)(f.cz * Powers<R>::kUnit)), at_one((R)(f.one * Powers<R>::kUnit)), y(at_T / Powers<R>::kUnit),
+        one(at_one / Powers<R>::kUnit) {}
+};
+
+// Classes of a row whose sums are in lanes of the working precision before they are added up in double. A block of kBlock
+// is done before its lanes are added up, and costs a tenth more.
+constexpr int64_t kRun = 4096;
+
+// Sums of e^(c x - minus) with two factors, and the largest x, in lanes.
+template <class R, bool kOwn>
+struct Exponentials {
+  static constexpr int kLanes = 64 / sizeof(R);
+  R cz, rz, one, r1;
+  alignas(64) R at_T[kLanes] = {}, at_one[kLanes] = {}, largest[kLanes];
+
+  Exponentials(R cz, R rz, R one, R r1) : cz(cz), rz(rz), one(one), r1(r1) {
+    for (int l = 0; l < kLanes; ++l) largest[l] = -Real<R>::kInf;
+  }
+  template <class X>
+  KD_FN void add(X x, int64_t begin, int64_t end, Ahead next) {
+    const R cz = this->cz, rz = this->rz, one = this->one, r1 = this->r1;
+    alignas(64) R sum[kLanes], other[kLanes], top[kLanes];
+    for (int l = 0; l < kLanes; ++l) sum[l] = at_T[l], other[l] = at_one[l], top[l] = largest[l];
+    auto each = [&](int64_t i, int l) KD_INLINE {
+      const R y = x(i);
+      top[l] = y > top[l] ? y : top[l];
+      sum[l] += Powers<R>::raise(y * cz - rz);
+      if constexpr (kOwn) other[l] += Powers<R>::raise(y * one - r1);
+    };
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      __builtin_prefetch(next.at(i));
+#pragma omp simd
+      for (int l = 0; l < kLanes; ++l) each(i + l, l);
     }
-  sums[0] = at_T[0];
-  sums[1] = at_one[0];
-}
+    for (int l = 0; i < end; ++i, ++l) each(i, l);
+    for (int l = 0; l < kLanes; ++l) at_T[l] = sum[l], at_one[l] = other[l], largest[l] = top[l];
+  }
+  static double total(const R* lane) {
+    double sum = 0;
+    for (int l = 0; l < kLanes; ++l) sum += lane[l];
+    return sum;
+  }
+};
 
 // The normaliser of what is not stored, at T and, with kOwn, at T = 1; the logits of what is go to `logits`. Ids rise, but
 // for those below 0, which are none.
 //
-// Exponents are relative to the largest logit so far, so that a block is gone through once; where one is far above it, the
-// block is done again relative to its own.
+// Exponents are relative to the largest logit so far, so that classes are gone through once, in place; where one is far
+// above it, they are done again relative to their own. Lanes that hold a stored class are copied, and that made impossible.
 template <class R, bool kOwn>
-void normalise_rest(const Frame<R>& f, const int64_t* ids, int64_t k, double* logits, RowState& row) {
-  constexpr R kFar = 16;  // e^16 of a block's classes are far from overflowing
-  alignas(64) R block[kBlock];
-  const R cz = f.cz, one = f.one;
+void normalise_rest(const Frame<R>& f, const Factors<R>& by, const int64_t* ids, int64_t k, double* logits, RowState& row) {
+  constexpr R kFar = 16;  // units: 2^16 or e^16 times kRun is far from overflowing
+  constexpr int kLanes = Exponentials<R, kOwn>::kLanes;
+  alignas(64) R block[kRun], group[kLanes];
+  const R cz = by.at_T, one = by.at_one;
   row = RowState{};
   int64_t next = 0;
-  for (int64_t begin = 0; begin < f.classes; begin += kBlock) {
-    int64_t n = f.classes - begin < kBlock ? f.classes - begin : kBlock;
-    bool holds = false;
-    for (; next < k && ids[next] < begin + n; ++next) {
-      if (ids[next] < 0) continue;
-      if (!holds) {
-        const R* z = read(f.z, begin, n, block);
-        R* to = block;
-        if (z != block) {
-#pragma omp simd
-          for (int64_t i = 0; i < n; ++i) to[i] = z[i];  // gcc's own copy of a block takes twice as long
-        }
-        holds = true;
-      }
-      logits[next] = block[ids[next] - begin];
-      block[ids[next] - begin] = -Real<R>::kInf;
-    }
+  for (int64_t begin = 0; begin < f.classes; begin += kRun) {
+    const int64_t n = f.classes - begin < kRun ? f.classes - begin : kRun, first = next;
     const R so_far = (R)row.top_z, rz = so_far * cz, r1 = so_far * one;
-    if (row.z.sum > 0 && !is_large(rz) && !is_large(r1)) {
-      R sums[2], top;
-      auto go = [&](auto x) KD_INLINE { exponentials<kOwn>(x, n, cz, rz, one, r1, Ahead(f.z, begin), sums, top); };
-      if (holds)
-        go(InPlace<R>{block});
-      else
-        with_block(f.z, begin, n, block, go);
-      if (!((top - so_far) * (cz > one ? cz : one) > kFar)) {
-        row.z.sum += sums[0];
-        if (kOwn) row.one.sum += sums[1];
-        continue;
+    const bool in_place = row.z.sum > 0 && !is_large(rz) && !is_large(r1);
+    Exponentials<R, kOwn> sums(cz, rz, one, r1);
+    const Ahead ahead(f.z, begin);
+    with_block(f.z, begin, n, block, [&](auto x) KD_INLINE {
+      int64_t done = 0;
+      while (next < k && ids[next] < begin + n) {
+        if (ids[next] < 0) {
+          ++next;
+          continue;
+        }
+        const int64_t from = (ids[next] - begin) / kLanes * kLanes, to = from + kLanes < n ? from + kLanes : n;
+        for (int l = 0; l < kLanes; ++l) group[l] = from + l < n ? x(from + l) : -Real<R>::kInf;
+        for (; next < k && ids[next] < begin + to; ++next) {
+          if (ids[next] < 0) continue;
+          logits[next] = group[ids[next] - begin - from];
+          group[ids[next] - begin - from] = -Real<R>::kInf;
+        }
+        if (in_place) {
+          sums.add(x, done, from, ahead);
+          sums.add(InPlace<R>{group}, 0, kLanes, ahead);
+        }
+        done = to;
       }
+      if (in_place) sums.add(x, done, n, ahead);
+    });
+    if (in_place && !((maximum(sums.largest, kLanes) - so_far) * (cz > one ? cz : one) > kFar)) {
+      row.z.sum += sums.total(sums.at_T);
+      if (kOwn) row.one.sum += sums.total(sums.at_one);
+      continue;
     }
-    const R* z = holds ? block : read(f.z, begin, n, block);
-    const Relative<R> of = relative(z, n, cz, one, block);
-    z = of.x;
-    R sums[2], top;
-    exponentials<kOwn>(InPlace<R>{z}, n, cz, of.minus(cz), one, of.minus(one), Ahead(f.z, begin), sums, top);
-    const Side part{of.ref(cz), sums[0]};
+    const R* z = read_run(f.z, begin, n, block);
+    if (z != block) memcpy(block, z, n * sizeof(R));
+    for (int64_t i = first; i < next; ++i)
+      if (ids[i] >= 0) block[ids[i] - begin] = -Real<R>::kInf;
+    const Relative<R> of = relative(block, n, cz, one, block);
+    Exponentials<R, kOwn> own(cz, of.minus(cz), one, of.minus(one));
+    own.add(InPlace<R>{of.x}, 0, n, ahead);
+    auto ref = [&](R minus, double c) { return of.large ? of.top * c : minus / Powers<R>::kUnit; };
+    const Side part{ref(own.rz, by.y), own.total(own.at_T)};
     merge(row.z, part);
-    if (kOwn) merge(row.one, Side{of.ref(one), sums[1]});
+    if (kOwn) merge(row.one, Side{ref(own.r1, by.one), own.total(own.at_one)});
     if (row.z.ref == part.ref) row.top_z = of.top;
   }
 }
@@ -177,7 +239,7 @@ struct StoredRow {
 
 // Of a class that is not stored: soft (g_rest e / rest - G e / all) + hard softmax. Where it is stored, the k corrections.
 template <class R, int kHard>
-void write_stored_gradient(const Frame<R>& f, const StoredRow& row, const Entries& entries, const int64_t* ids, int64_t k,
+void write_stored_gradient(const Frame<R>& f, const Factors<R>& by, const StoredRow& row, const Entries& entries, const int64_t* ids, int64_t k,
                            bool tail, int64_t label, const Output& out) {
   alignas(64) R block[kBlock];
   const double soft = out.weight * f.soft, hard = label < 0 ? 0 : out.weight * f.hard;
@@ -187,11 +249,12 @@ void write_stored_gradient(const Frame<R>& f, const StoredRow& row, const Entrie
     on_rest = soft * (row.g_rest / rest.sum - row.sum_g * to_probability(row.soft, rest.ref));
   if (kHard == kSharedHard && rest.sum != 0) on_rest += hard * to_probability(row.whole, rest.ref);
   const double on_one = kHard == kOwnHard && row.rest.one.sum != 0 ? hard * to_probability(row.one, row.rest.one.ref) : 0;
-  const RelativeToRow<R> of_z(rest.ref, row.rest.top_z), of_one(row.rest.one.ref, row.rest.top_z);
-  const R A = (R)on_rest, C = (R)on_one, cz = f.cz, one = f.one, rz = of_z.minus, r1 = of_one.minus;
+  const RelativeToRow<R> of_z(rest.ref * Powers<R>::kUnit, row.rest.top_z);
+  const RelativeToRow<R> of_one(row.rest.one.ref * Powers<R>::kUnit, row.rest.top_z);
+  const R A = (R)on_rest, C = (R)on_one, cz = by.at_T, one = by.at_one, rz = of_z.minus, r1 = of_one.minus;
   auto gradient = [=](R z, R z1) KD_INLINE {
-    R dz = A * kd_exp(z * cz - rz);
-    if constexpr (kHard == kOwnHard) dz += C * kd_exp(z1 * one - r1);
+    R dz = A * Powers<R>::raise(z * cz - rz);
+    if constexpr (kHard == kOwnHard) dz += C * Powers<R>::raise(z1 * one - r1);
     return dz;
   };
   int64_t next = k - 1;
@@ -223,8 +286,8 @@ void write_stored_gradient(const Frame<R>& f, const StoredRow& row, const Entrie
       if (ids[next] < 0) continue;
       const double x = entries.logits[next];
       double dz = soft == 0 ? 0 : soft * (entries.g[next] - kd_exp(entries.lq[next]) * row.sum_g);
-      if (kHard == kSharedHard) dz += hard * to_probability(row.whole, x * (double)f.cz);
-      if (kHard == kOwnHard) dz += hard * to_probability(row.one, x * (double)f.one);
+      if (kHard == kSharedHard) dz += hard * to_probability(row.whole, x * by.y);
+      if (kHard == kOwnHard) dz += hard * to_probability(row.one, x * by.one);
       block[ids[next] - begin] = (R)dz;
     }
     if (kHard != kNoHard && label >= begin && label < begin + n) block[label - begin] -= (R)hard;
@@ -263,6 +326,7 @@ void do_stored_rows(int64_t first, int64_t last, void* context) {
   const int64_t k = c.stored;
   const bool tail = c.rest != nullptr, writes = c.mode != kLoss;
   Frame<R> f = frame_of<R>(o, c, o.temperature);
+  const Factors<R> by(f);
   Entries entries;
   Scratch<R> scratch;
   if (!entries.allocate(k) || !scratch.allocate(c.classes, false, false, false, false, writes && o.z_noise.kind == 2, 0)) {
@@ -284,17 +348,17 @@ void do_stored_rows(int64_t first, int64_t last, void* context) {
     StoredRow row{};
     // Of classes that nothing is about, nothing is read.
     if (tail || kHard != kNoHard || o.z_noise.kind)
-      normalise_rest<R, kHard == kOwnHard>(f, ids, k, entries.logits, row.rest);
+      normalise_rest<R, kHard == kOwnHard>(f, by, ids, k, entries.logits, row.rest);
     else
       for (int64_t i = 0; i < k; ++i) entries.logits[i] = ids[i] < 0 ? 0 : (double)*read(f.z, ids[i], 1, one);
-    const Side stored = stored_side(ids, k, entries.logits, (double)f.cz);
+    const Side stored = stored_side(ids, k, entries.logits, by.y);
     row.whole = both(row.rest.z, stored);
     row.soft = tail ? row.whole : stored;
-    row.one = kHard == kOwnHard ? both(row.rest.one, stored_side(ids, k, entries.logits, (double)f.one)) : row.whole;
+    row.one = kHard == kOwnHard ? both(row.rest.one, stored_side(ids, k, entries.logits, by.one)) : row.whole;
 
     const double log_sum = kd_log(row.soft.sum);
     for (int64_t i = 0; i < k; ++i) {
-      const double y = entries.logits[i] * (double)f.cz - row.soft.ref - log_sum;
+      const double y = entries.logits[i] * by.y - row.soft.ref - log_sum;
       entries.lq[i] = ids[i] < 0 || row.soft.sum == 0 ? -Real<double>::kInf : y;
       entries.lp[i] = (double)((const R*)c.log_p)[n * k + i];
     }
@@ -307,9 +371,9 @@ void do_stored_rows(int64_t first, int64_t last, void* context) {
     row.g_rest = tail ? entries.g[k] : 0;
 
     double hard = 0;
-    if (kHard != kNoHard && label >= 0) hard = kd_log(row.one.sum) - (at_label * (double)f.one - row.one.ref);
+    if (kHard != kNoHard && label >= 0) hard = kd_log(row.one.sum) - (at_label * by.one - row.one.ref);
     if (o.stats && figures) describe_stored(f, scratch.kept, ids, k, entries.lp, tail, label, figures);
-    if (writes) write_stored_gradient<R, kHard>(f, row, entries, ids, k, tail, label, output_of(job, n));
+    if (writes) write_stored_gradient<R, kHard>(f, by, row, entries, ids, k, tail, label, output_of(job, n));
     put_loss(job, n, soft, hard);
   }
 #if defined(__x86_64__)
