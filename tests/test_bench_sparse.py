@@ -1,4 +1,4 @@
-"""``python -m benchmarks sparse``: its eager forms are the losses, wrong ones aren't timed, its report adds up."""
+"""``python -m benchmarks sparse``: its eager forms are the losses, wrong ones are not timed."""
 
 from __future__ import annotations
 
