@@ -451,14 +451,23 @@ KdKernel::KdKernel(const char* name, void (*call)(const void*), std::size_t byte
 
 namespace {
 
-// Kept for the next launch. ThreadSanitizer would take two threads that have had a stack in turn for a race on it.
+// Of a launch, kept for its next cluster. ThreadSanitizer would take two threads that have had a stack in turn for a race
+// on it.
+std::vector<char*> stacks;
+
 char* stack(std::size_t number) {
-  static std::vector<char*> stacks;
   if (number < stacks.size() && !kThreadSanitizer) return stacks[number];
   void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE)) std::abort();
   stacks.push_back((char*)memory);
   return stacks.back();
+}
+
+// A process may have 65,530 mappings, two of which are a stack; a test has many builds loaded, each with stacks of its own.
+void free_stacks() {
+  if (kThreadSanitizer) return;
+  for (char* memory : stacks) munmap(memory, kStackBytes);
+  stacks.clear();
 }
 
 void prepare(Thread& thread, std::size_t number) {
@@ -560,6 +569,7 @@ extern "C" [[gnu::visibility("default")]] const char* kd_launch(
 #endif
   for (long long number = 0; number < blocks / cluster && grid->failure.empty(); ++number) run_cluster(number, threads);
   acquire(grid->ended);
+  free_stacks();
   if (grid->failure.empty()) return nullptr;
   failure = grid->failure;
   owned.release();  // whose threads are in the middle of something
