@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from ..cache import TeacherCache
+from ..cache.checks import check_cached, check_loader, collator_of
 from ..cache.manifest import NAME as MANIFEST
 from ..models.calls import rows, unwrap
 from ..models.tokenizers import vocabulary_hash
@@ -21,7 +22,6 @@ from ..train.objective import Function, Objective, Progress, Step, Term
 from ..train.outputs import Adaptor
 from ..train.passes import Passes, counts
 from ..train.records import Means
-from ..train.stored import check_cached, check_loader, collator_of
 from ..train.teachers import Stored, as_teacher, modules_of
 from ..train.terms import HardLabels, SoftTargets
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from .. import storage
+from ..cache.checks import check_cached, check_loader, collator_of
 from ..files import write_csv
 from ..pictures import draw_curves
 from .objective import Function, Objective, Progress, Step, Term, count
@@ -26,8 +27,7 @@ from .outputs import Adaptor, Batch, as_batch, on_device
 from .passes import Given, Passes, counts
 from .position import Position
 from .records import Means, Pace, Row, check_finite
-from .stored import check_cached, check_loader, collator_of
-from .teachers import Stored, as_teacher, modules_of
+from .teachers import as_teacher, modules_of
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
@@ -154,15 +154,10 @@ class Distiller:
                 "their own, and several updates, too"
             )
         for name, teacher in self.teachers.items():
-            if isinstance(teacher, Stored) and teacher.collator is not None:
-                self._check_cached(name, teacher.collator)
-
-    def _check_loaded(self, loader: Any) -> None:
-        if (collator := collator_of(loader)) is not None:
-            self._check_cached("teacher", collator)
+            self._check_cached(name, getattr(teacher, "collator", None))
 
     def _check_cached(self, name: str, collator: Any) -> None:
-        for update in self.updates:
+        for update in self.updates if collator is not None else ():
             check_cached(collator, name, update.objective.terms.items(), self.models.values())
 
     # Preparation
@@ -339,7 +334,7 @@ class Distiller:
             raise ValueError(f"fit takes steps or epochs, and integers >= 1, got {numbers}")
         if (there := self._checkpoints()) and int(there[-1].name[5:]) > self.progress.step:
             raise ValueError(f"{there[-1]} is of another fit: resume() it, or use another folder")
-        self._check_loaded(loader)
+        self._check_cached("teacher", collator_of(loader))
         self._prepare()
         loader, now = check_loader(self.position.shard(loader)), self.progress
         try:
@@ -420,7 +415,7 @@ class Distiller:
         Raises:
             ValueError: The loader yields nothing.
         """
-        self._check_loaded(loader)
+        self._check_cached("teacher", collator_of(loader))
         self._prepare()
         means = Means()
         passes = self._passes

@@ -174,10 +174,8 @@ class Term(nn.Module):
             row: A `kd.TopK` or `kd.Sampled` of one row.
         """
         needs = [*map(repr, (*self.wants.get(teacher, ()), *self.captures.get(teacher, ())))]
-        if type(self).around is not Term.around:
-            needs.append("what its layers compute")
-        if getattr(self, "teacher", None) == teacher:
-            needs.append("its logits")
+        needs += ["what its layers compute"] * (type(self).around is not Term.around)
+        needs += ["its logits"] * (getattr(self, "teacher", None) == teacher)
         if needs:
             raise ValueError(f"it needs {', '.join(needs)}; there are probabilities of some classes alone")
 

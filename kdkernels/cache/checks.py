@@ -1,4 +1,7 @@
-"""What can be known of a cached teacher before the first batch: whether the terms can do with it."""
+"""What a trainer can know of a cached teacher before the first batch: whether the terms can do with it.
+
+It needs Accelerate, which the store alone does not.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import Any
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 
-from ..cache.collate import TeacherCollator
 from ..models.calls import unwrap, without_adapters
+from .collate import TeacherCollator
 
 
 def collator_of(loader: Any) -> TeacherCollator | None:
