@@ -31,6 +31,7 @@ from benchmarks.logits_report import BUSY
 from kdkernels import bench
 from kdkernels.bench.report import command_line
 from kdkernels.cache import Manifest, TeacherCache
+from kdkernels.cache.codec import TopKCodec
 from kdkernels.cache.intake import top_k_of_logits
 from kdkernels.cache.keys import hashes, token_array
 
@@ -101,7 +102,7 @@ def fill(folder: Path, sequences: int, progress: bench.Progress) -> float:
     begin, distinct = time.perf_counter(), 256
     with TeacherCache.create(folder, MANIFEST) as writer:
         # The writer's own steps, less the codec, which a few rows have gone through before.
-        rows, _ = writer._codec.encode(*top_k_of_logits(MANIFEST, logits(distinct, 2)))  # type: ignore[call-arg, arg-type]
+        rows, _ = TopKCodec(MANIFEST).encode(*top_k_of_logits(MANIFEST, logits(distinct, 2)))
         random = np.random.default_rng(0)
         for n in range(sequences):
             tokens = token_array(tokens_of(n), VOCAB)

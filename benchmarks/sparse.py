@@ -150,6 +150,10 @@ class Inputs:
 
         return run
 
+    def step_of_student(self, loss: Callable[[Tensor], Tensor]) -> Callable[[int], Any]:
+        """Of a loss that has its teacher."""
+        return self.step(lambda z, _: loss(z))
+
 
 def _at(z: Tensor, ids: Tensor) -> Tensor:
     return z.gather(-1, ids).float()
@@ -179,7 +183,7 @@ def time_case(name: str, inputs: Inputs, settings: Settings) -> dict[str, Any]:
     contestants = {
         "stored": inputs.step(lambda z, v: kd.kd_loss(z, case.teacher, labels, **options)),
         "dense": inputs.step(lambda z, v: kd.kd_loss(z, v, labels, **options)),
-    } | {f"eager {s}": inputs.step(lambda z, v, f=f: f(z)) for s, f in case.spellings.items()}  # type: ignore[misc]
+    } | {f"eager {name}": inputs.step_of_student(loss) for name, loss in case.spellings.items()}
     found = errors(contestants["stored"](0), case, inputs.sets[0][0])
     allowed = ALLOWED[settings.dtype]
     if not (found[0] <= allowed[0] and found[1] <= allowed[1]):
@@ -206,16 +210,12 @@ def time_case(name: str, inputs: Inputs, settings: Settings) -> dict[str, Any]:
     }
 
 
-def memory_process(send: Any, name: str, who: str, settings: Settings) -> bench.Peak | None:
+def memory_process(send: Any, name: str, settings: Settings) -> bench.Peak | None:
     """Peak memory of one step beyond what is there before it. Runs in a process of its own."""
     torch.set_num_threads(settings.threads)
     inputs = Inputs(settings, 1)
     case = inputs.case(name)
-    if who == "eager":
-        spelling = next(iter(case.spellings.values()))
-        run = inputs.step(lambda z, v: spelling(z))
-    else:
-        run = inputs.step(lambda z, v: kd.kd_loss(z, case.teacher, case.labels, **case.options))
+    run = inputs.step(lambda z, v: kd.kd_loss(z, case.teacher, case.labels, **case.options))
     # A few calls: the first ones of a thread leave memory with it.
     return bench.peak_growth(
         lambda: run(0), torch.device(settings.device), lambda: [run(0) for _ in range(3)]
@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with progress.phase("peak memory", len(chosen)):
         for name in chosen:
             progress.step(name)
-            peak = bench.run_isolated(memory_process, name, "stored", settings, preload=("torch", __name__))
+            peak = bench.run_isolated(memory_process, name, settings, preload=("torch", __name__))
             document["peaks"][name] = None if peak is None else peak.bytes / tensor - 1
     sets = bench.input_sets(2 * tensor, roofline.last_level_cache_bytes(device), roofline.free_bytes(device))
     inputs = Inputs(settings, sets)

@@ -18,7 +18,7 @@ from .chunks import Job, Plan, bytes_of, is_masked
 from .divergences import Parametrised
 from .noise import LogitNoise, Noise, seed_tensor
 from .sources import LOGIT_DTYPES, Head, Logits, Mixture, PostProcessing, unwrap, unwrap_teachers
-from .sparse import Sampled, Sparse, Stored, TopK
+from .sparse import Sampled, Sparse, StoredSource, TopK
 from .spec import Call, LossSpec, make_spec, new_spec
 from .stored import check_meaning, check_stored, floats_of, sparse
 
@@ -412,7 +412,7 @@ def job_of(student: Source, teacher: Teacher, labels: Tensor | None = None, **op
 def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
     """The arguments of `kd_loss`, with every option given, checked and as backends take them."""
     z, z_options = unwrap("student", student)
-    stored = teacher if isinstance(teacher, Stored) else None
+    stored = teacher if isinstance(teacher, StoredSource) else None
     teachers, v_options, mixture = ([], [], None) if stored else unwrap_teachers(teacher, z.dtype)
     spec = _spec(options, z_options, tuple(v_options), stats)
     if stored is None:
@@ -509,7 +509,7 @@ def _common_classes(z: Tensor, v: Tensor, spec: LossSpec, pad_vocab: bool) -> in
     return classes
 
 
-def _classes_of_stored(z: Tensor, stored: Stored, spec: LossSpec, options: dict[str, Any]) -> int:
+def _classes_of_stored(z: Tensor, stored: StoredSource, spec: LossSpec, options: dict[str, Any]) -> int:
     """The student's classes; raises on a stored teacher that doesn't fit, and on what it can't answer."""
     kind = f"kd.{type(stored).__name__}"
     check_stored(stored, z.shape[:-1], z.device)
@@ -527,7 +527,7 @@ def _classes_of_stored(z: Tensor, stored: Stored, spec: LossSpec, options: dict[
     return z.shape[-1]
 
 
-def _sparse(stored: Stored, call: Call, backend: str | None) -> Sparse:
+def _sparse(stored: StoredSource, call: Call, backend: str | None) -> Sparse:
     R, spec, device = reference.compute_dtype(call.student, ()), call.spec, call.student.device
     rows = reference.counted_rows(call) if is_masked(call) else None
     options = call.classes, R, spec.divergence == "forward_kl"

@@ -164,7 +164,7 @@ class Sampled:
         return replace(self, ids=change(self.ids), weights=change(self.weights), log_probs=log_probs)
 
 
-Stored = TopK | Sampled
+StoredSource = TopK | Sampled
 
 
 class Sparse(NamedTuple):

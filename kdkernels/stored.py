@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from .sources import LOGIT_DTYPES
-from .sparse import PADDING, Sampled, Sparse, Stored, TopK
+from .sparse import PADDING, Sampled, Sparse, StoredSource, TopK
 
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 # What is infinite as soon as the student gives anything to a class that the teacher gives nothing.
 _NEEDS_TAIL = ("reverse_kl",)
 
 
-def check_stored(source: Stored, leading: torch.Size, device: torch.device) -> None:
+def check_stored(source: StoredSource, leading: torch.Size, device: torch.device) -> None:
     """Raises on parts of a stored teacher that don't fit each other or the student."""
     kind, ids = type(source).__name__, source.ids
     parts: dict[str, Any] = (
@@ -52,14 +52,14 @@ def check_stored(source: Stored, leading: torch.Size, device: torch.device) -> N
             )
 
 
-def floats_of(source: Stored) -> list[Tensor]:
+def floats_of(source: StoredSource) -> list[Tensor]:
     """The parts of a stored teacher that may require grad."""
     if isinstance(source, TopK):
         return [source.log_probs, *(source.lse or {}).values()]
     return [source.weights] if source.log_probs is None else [source.weights, source.log_probs]
 
 
-def check_meaning(source: Stored, divergence: Any, params: tuple[float, ...], T: float) -> None:
+def check_meaning(source: StoredSource, divergence: Any, params: tuple[float, ...], T: float) -> None:
     """Raises where a loss of a stored teacher is none, naming what it asks for."""
     name, kind = divergence.name, f"kd.{type(source).__name__}"
     if divergence.target or divergence.binary or divergence.normaliser != "softmax":
@@ -111,12 +111,8 @@ def lse_at(source: TopK, T: float) -> Tensor | None:
     return next((x for t, x in (source.lse or {}).items() if _is(t, T)), None)
 
 
-class StoredError(ValueError):
-    """An id that is none; which row it is in is told in the message."""
-
-
 @torch.no_grad()
-def sparse(source: Stored, T: float, rows: Tensor, classes: int, R: torch.dtype, kl: bool) -> Sparse:
+def sparse(source: StoredSource, T: float, rows: Tensor, classes: int, R: torch.dtype, kl: bool) -> Sparse:
     """A checked stored teacher as backends take it.
 
     Args:
@@ -192,7 +188,7 @@ def _not_above_1(log_p: Tensor, log_mass: Tensor) -> Tensor:
     if log_p.device.type == "cpu" and not torch.compiler.is_compiling():
         if above.any():
             row = int(above.flatten().int().argmax())
-            raise StoredError(
+            raise ValueError(
                 f"log_probs of TopK must be log-probabilities, and those of row {row} add up to "
                 f"{float(log_mass.flatten()[row].exp()):.4g}: of logits, or at another temperature than 1, "
                 "give lse, the log-sum-exp over the whole vocabulary; tail='renormalize' needs none"
@@ -201,17 +197,17 @@ def _not_above_1(log_p: Tensor, log_mass: Tensor) -> Tensor:
     return torch.where(above.unsqueeze(-1), math.nan, log_p)
 
 
-def _check_entries(source: Stored, ids: Tensor, x: Tensor, wrong: Tensor, classes: int) -> None:
+def _check_entries(source: StoredSource, ids: Tensor, x: Tensor, wrong: Tensor, classes: int) -> None:
     if not wrong.any():
         return
     kind, first = type(source).__name__, int(wrong.flatten().int().argmax())
     row, column = divmod(first, ids.shape[-1])
     one = int(ids.flatten()[first])
     if PADDING <= one < classes:
-        raise StoredError(
+        raise ValueError(
             f"weights of {kind} must be >= 0, got {float(x.flatten()[first])} at row {row}, place {column}"
         )
-    raise StoredError(
+    raise ValueError(
         f"ids of {kind} must be in [0, {classes}), or {PADDING} for padding, got {one} at row {row}, place "
         f"{column}; a class that the student doesn't have is left out, which tail='ghost' makes up for"
     )

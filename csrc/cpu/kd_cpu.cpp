@@ -168,6 +168,9 @@ enum Mode { kLoss, kLossAndGradient, kScaledGradient };
 
 enum { kRowLoss, kRowSoft, kRowHard, kRowEntropyZ, kRowEntropyV, kRowAgrees, kRowCorrect, kRowFigures };
 
+// The sum of phi, and that of g, over n stored classes, whose g it fills.
+using StoredTerms = double (*)(const double* params, int64_t n, const double* lq, const double* lp, double* g, double* sum_g);
+
 template <class R>
 struct Job {
   const KdOptions* o;
@@ -178,8 +181,7 @@ struct Job {
   bool past_cache, failed;
   bool uses_labels;  // which then are classes, and not only what chooses rows
   int64_t bad_row;  // the first whose target is no probability, or `rows`
-  // Of a stored teacher, the sums of phi and g over n classes.
-  double (*stored_terms)(const double* params, int64_t n, const double* lq, const double* lp, double* g, double* sum_g);
+  StoredTerms stored_terms;  // of a stored teacher
 };
 
 KD_FN bool counts(const KdOptions& o, const KdCall& c, int64_t n) {

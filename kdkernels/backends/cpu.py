@@ -15,7 +15,7 @@ from ..divergences import BUILT_IN
 from ..layout import common_rows
 from ..noise import Noise
 from ..reference import UNLABELLED, LabelError, compute_dtype, label_error, target_error
-from ..sparse import TAILS, Sparse, Stored, TopK
+from ..sparse import TAILS, Sparse, StoredSource, TopK
 from ..spec import REDUCTIONS, STATS, Call, LossSpec
 from ..stored import floats_of, lse_at
 
@@ -137,7 +137,7 @@ class CpuBackend:
         return phi, g
 
     def store(
-        self, source: Stored, T: float, counted: Tensor | None, classes: int, R: torch.dtype, kl: bool
+        self, source: StoredSource, T: float, counted: Tensor | None, classes: int, R: torch.dtype, kl: bool
     ) -> Sparse | None:
         """What `stored.sparse` makes of a checked source, or None where some entry of it is none.
 
