@@ -11,6 +11,7 @@ from .functional import Explanation, KDStats, explain, kd_loss, kd_loss_with_sta
 from .integrations import hf
 from .modules import KDLoss
 from .noise import LogitNoise
+from .parallel import VocabParallel
 from .sources import Head, Logits, Mixture
 from .sparse import Sampled, TopK
 
@@ -34,6 +35,7 @@ __all__ = [
     "SkewKL",
     "SkewReverseKL",
     "TopK",
+    "VocabParallel",
     "cache",
     "check_divergence",
     "explain",

@@ -65,8 +65,7 @@ def backward(ctx: Any, upstream: Tensor, recompute: Callable[..., Any]) -> tuple
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"backend={ctx.backend.name!r} computes first-order gradients only, and create_graph=True "
-            'asks for higher ones: pass backend="reference" to kd_loss, which is differentiable any '
-            "number of times"
+            f"asks for higher ones: {_to_differentiate(ctx.backend)}"
         )
     if not ctx.recompute:
         in_place = not _graph_is_kept()
@@ -79,11 +78,18 @@ def backward(ctx: Any, upstream: Tensor, recompute: Callable[..., Any]) -> tuple
     return gradients if isinstance(gradients, tuple) else (gradients,)
 
 
+def _to_differentiate(backend: Any) -> str:
+    return getattr(
+        backend,
+        "to_differentiate",
+        'pass backend="reference" to kd_loss, which is differentiable any number of times',
+    )
+
+
 def _no_tangents(ctx: Any, *_: Any) -> Any:
     """Refused: nothing here carries tangents."""
     raise RuntimeError(
-        f'backend={ctx.backend.name!r} has no forward-mode derivative: pass backend="reference" to '
-        "kd_loss, which has"
+        f"backend={ctx.backend.name!r} has no forward-mode derivative: {_to_differentiate(ctx.backend)}"
     )
 
 

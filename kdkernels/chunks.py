@@ -31,11 +31,14 @@ class Job(NamedTuple):
         call: With a `Projection` in the place of the logits of each head.
         memory_budget: Bytes beyond inputs and gradients, or None for the default rule.
         drop_masked: Whether rows that don't count leave before the products.
+        vocab: Of a vocabulary that is shared out over processes the most classes that one has: all take the
+            same rows at once.
     """
 
     call: Call
     memory_budget: int | None
     drop_masked: bool
+    vocab: int | None = None
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
@@ -230,8 +233,8 @@ def plan(job: Job, want: Wanted, count: int, dropped: bool, fused: bool = True) 
     """
     call, rows = job.call, max(count, 1)
     student: Any = call.student
-    of_chunk, of_part, always = _bytes_of_sides(call, want, dropped)
-    alone, summed = _bytes_of_sums(student, want)
+    of_chunk, of_part, always = _bytes_of_sides(call, want, dropped, job.vocab)
+    alone, summed = _bytes_of_sums(student, want, job.vocab)
     if not fused:
         # Teachers' logits are among the temporaries.
         wide = compute_dtype(student, call.teachers).itemsize
@@ -267,12 +270,12 @@ def plan(job: Job, want: Wanted, count: int, dropped: bool, fused: bool = True) 
 REFERENCE_TEMPORARIES = 10
 
 
-def _bytes_of_sides(call: Call, want: Wanted, dropped: bool) -> tuple[int, int, int]:
+def _bytes_of_sides(call: Call, want: Wanted, dropped: bool, widest: int | None) -> tuple[int, int, int]:
     """Of a row of a chunk, of a row of a part, and whatever their number."""
     student: Any = call.student
     each, always = [], 0
     for side in (student, *call.teachers):
-        vocab, size = side.shape[-1], side.dtype.itemsize
+        vocab, size = widest or side.shape[-1], side.dtype.itemsize
         if not isinstance(side, Projection):
             each.append(vocab * size if dropped or not _is_flat(side) else 0)
             continue
@@ -283,7 +286,7 @@ def _bytes_of_sides(call: Call, want: Wanted, dropped: bool) -> tuple[int, int, 
         if side.dtype != own:
             row += width * size
         if side.dtype != side.weight.dtype:
-            always += side.weight.numel() * size
+            always += vocab * width * size
         each.append(row)
     chunk, *parts = each
     if isinstance(student, Projection) and want[0]:
@@ -299,14 +302,15 @@ def _bytes_of_sides(call: Call, want: Wanted, dropped: bool) -> tuple[int, int, 
     return chunk, sum(parts), always
 
 
-def _bytes_of_sums(student: Any, want: Wanted) -> tuple[int, int]:
+def _bytes_of_sums(student: Any, want: Wanted, widest: int | None) -> tuple[int, int]:
     """What the gradient of the weight takes beside itself, made in one chunk and in several."""
     if not isinstance(student, Projection) or not want[1]:
         return 0, 0
     weight, wide = student.weight, sum_dtype(student.weight)
+    numbers = (widest or weight.shape[0]) * weight.shape[1]
     narrow = weight.device.type != "cuda"  # products give no more bits than they are given
-    alone = weight.numel() * student.dtype.itemsize if narrow and student.dtype != weight.dtype else 0
-    summed = weight.numel() * wide.itemsize if weight.dtype != wide else 0
+    alone = numbers * student.dtype.itemsize if narrow and student.dtype != weight.dtype else 0
+    summed = numbers * wide.itemsize if weight.dtype != wide else 0
     return alone, summed + (WIDENED if narrow and student.dtype != wide else 0)
 
 

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import linear, ops, reference, registry
+from . import linear, ops, parallel, reference, registry
 from .autograd import run_fused, run_linear
 from .backends import cpu
 from .caller import warn_once
 from .chunks import Job, Plan, bytes_of, is_masked
 from .divergences import Parametrised
 from .noise import LogitNoise, Noise, seed_tensor
+from .parallel import VocabParallel
 from .sources import LOGIT_DTYPES, Head, Logits, Mixture, PostProcessing, unwrap, unwrap_teachers
 from .sparse import Sampled, Sparse, StoredSource, TopK
 from .spec import Call, LossSpec, make_spec, new_spec
@@ -105,6 +106,7 @@ def kd_loss(
     token_weights: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: Tensor | float | None = None,
+    vocab_parallel: VocabParallel | None = None,
     pad_vocab: bool = False,
     memory_budget: int | str | None = None,
     drop_masked: bool | Literal["auto"] = "auto",
@@ -166,6 +168,9 @@ def kd_loss(
             doesn't divide; `none` gives the loss of each row, `[...]`.
         num_items: The denominator of `mean`, a number or a 0-d tensor: the count over all accumulation steps
             and processes (where a framework averages gradients over W ranks, pass the global count / W).
+        vocab_parallel: `kd.VocabParallel(group)` where both sides are shards of the last dimension, this
+            process's own classes of every row: then every process gets the whole loss, and the gradient of
+            its own classes. None: they are whole, or DTensors, which say how they are sharded.
         pad_vocab: Allow unequal vocabularies: classes beyond the smaller V leave both softmaxes, with
             gradient 0.
         memory_budget: With a `kd.Head`, what the call may take beyond its inputs and gradients: bytes, or an
@@ -208,13 +213,14 @@ def kd_loss(
         "token_weights": token_weights,
         "reduction": reduction,
         "num_items": num_items,
+        "vocab_parallel": vocab_parallel,
         "pad_vocab": pad_vocab,
         "memory_budget": memory_budget,
         "drop_masked": drop_masked,
         "teacher_requires_grad": teacher_requires_grad,
         "backend": backend,
     }
-    loss, _ = _run(checked_call(student, teacher, labels, options, stats=False), options, backend)
+    loss, _ = _run(checked_call(student, teacher, labels, options, stats=False), options)
     return loss
 
 
@@ -238,9 +244,7 @@ def kd_loss_with_stats(
         RuntimeError: As `kd_loss`.
     """
     options = complete(options)
-    loss, stats = _run(
-        checked_call(student, teacher, labels, options, stats=True), options, options["backend"]
-    )
+    loss, stats = _run(checked_call(student, teacher, labels, options, stats=True), options)
     assert stats is not None
     return loss, KDStats(*stats.unbind())
 
@@ -268,6 +272,11 @@ def explain(student: Source, teacher: Teacher, labels: Tensor | None = None, **o
         if isinstance(noise := options[side], LogitNoise) and noise.seed is None:
             options[side] = replace(noise, seed=0)
     call = checked_call(student, teacher, labels, options, stats=False)
+    if options["vocab_parallel"] is not None:
+        reasons: dict[str, str | None] = {name: parallel.WHOLE_ROWS for name in registry.BACKENDS}
+        reasons["reference"] = None
+        plan = linear.plan_of(_job(call, options), True) if linear.is_linear(call) else None
+        return Explanation("reference", reasons, plan)
     chosen = registry.choose(options["backend"], call)
     reasons = {b.name: registry.reason(b, call) for b in registry.BACKENDS.values()}
     if not linear.is_linear(call):
@@ -332,6 +341,27 @@ def check_options(options: dict[str, Any]) -> None:
     _check_choice("drop_masked", options["drop_masked"], _DROP_CHOICES)
     if options["backend"] is not None:
         _check_choice("backend", options["backend"], tuple(registry.BACKENDS))
+    if options["vocab_parallel"] is not None:
+        _check_parallel(options)
+
+
+def _check_parallel(options: dict[str, Any]) -> None:
+    if not isinstance(options["vocab_parallel"], VocabParallel):
+        raise TypeError(
+            "vocab_parallel must be kd.VocabParallel(group) or None, got "
+            f"{type(options['vocab_parallel']).__name__}"
+        )
+    if options["pad_vocab"]:
+        raise ValueError(
+            "pad_vocab must be False with vocab_parallel: shards of unequal vocabularies are not of the same "
+            "classes; slice the larger one before it is sharded"
+        )
+    if options["backend"] not in (None, "reference"):
+        _check_choice("backend", options["backend"], tuple(registry.BACKENDS))
+        raise RuntimeError(
+            f"backend={options['backend']!r} can't run this call: {parallel.WHOLE_ROWS}; backend=None picks "
+            "one that can"
+        )
 
 
 def _spec(
@@ -379,8 +409,14 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _run(call: Call, options: dict[str, Any], backend: str | None) -> tuple[Tensor, Tensor | None]:
-    heads = linear.is_linear(call)
+def _run(call: Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    heads, backend = linear.is_linear(call), options["backend"]
+    if options["vocab_parallel"] is not None:
+        name = parallel.backend_name(options["vocab_parallel"], options["shards"])
+        if torch.compiler.is_compiling():
+            return ops.kd_heads(_job(call, options), name) if heads else ops.kd_loss(call, name)
+        sharded = parallel.backend(name)
+        return run_linear(sharded, _job(call, options)) if heads else run_fused(sharded, call)
     if torch.compiler.is_compiling():
         if registry.is_fused(backend, call.spec.divergence, call.student.device.type):
             return ops.kd_heads(_job(call, options), backend) if heads else ops.kd_loss(call, backend)
@@ -400,7 +436,8 @@ def _job(call: Call, options: dict[str, Any]) -> Job:
             device == "cuda" and torch.cuda.is_current_stream_capturing()
         )
         drop = device == "cpu" or not recorded
-    return Job(call, bytes_of(options["memory_budget"]), drop)
+    shards = options.get("shards")
+    return Job(call, bytes_of(options["memory_budget"]), drop, None if shards is None else max(shards))
 
 
 def job_of(student: Source, teacher: Teacher, labels: Tensor | None = None, **options: Any) -> Job:
@@ -410,11 +447,22 @@ def job_of(student: Source, teacher: Teacher, labels: Tensor | None = None, **op
 
 
 def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any], stats: bool) -> Call:
-    """The arguments of `kd_loss`, with every option given, checked and as backends take them."""
-    z, z_options = unwrap("student", student)
+    """The arguments of `kd_loss`, with every option given, checked and as backends take them.
+
+    Of a sharded vocabulary, `options` gets the processes' `shards`.
+    """
+    if parallel.is_distributed(student) or parallel.is_distributed(teacher):
+        student, teacher, labels = parallel.localised(student, teacher, labels, options)
+    whole = options["vocab_parallel"] is None
+    if not whole:
+        _check_parallel(options)
+    z, z_options = unwrap("student", student, whole)
     stored = teacher if isinstance(teacher, StoredSource) else None
-    teachers, v_options, mixture = ([], [], None) if stored else unwrap_teachers(teacher, z.dtype)
+    teachers, v_options, mixture = ([], [], None) if stored else unwrap_teachers(teacher, z.dtype, whole)
     spec = _spec(options, z_options, tuple(v_options), stats)
+    if not whole:
+        widths = z.shape[-1], (teachers[0] if teachers else z).shape[-1]
+        options["shards"] = parallel.shards_of(options["vocab_parallel"], *widths, z.device)
     if stored is None:
         classes = _common_classes(z, teachers[0], spec, options["pad_vocab"])  # the others are like it
     else:
@@ -476,7 +524,10 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
         z, tuple(teachers), mixture, labels, mask, token_weights, num_items,
         *_seeds(options, z.device), spec, classes,
     )  # fmt: skip
-    return call if stored is None else call._replace(sparse=_sparse(stored, call, options["backend"]))
+    if stored is None:
+        return call
+    every = classes if whole else sum(options["shards"])  # what ids are numbers of
+    return call._replace(sparse=_sparse(stored, call, every, options["backend"]))
 
 
 def _common_classes(z: Tensor, v: Tensor, spec: LossSpec, pad_vocab: bool) -> int:
@@ -527,10 +578,10 @@ def _classes_of_stored(z: Tensor, stored: StoredSource, spec: LossSpec, options:
     return z.shape[-1]
 
 
-def _sparse(stored: StoredSource, call: Call, backend: str | None) -> Sparse:
+def _sparse(stored: StoredSource, call: Call, classes: int, backend: str | None) -> Sparse:
     R, spec, device = reference.compute_dtype(call.student, ()), call.spec, call.student.device
     rows = reference.counted_rows(call) if is_masked(call) else None
-    options = call.classes, R, spec.divergence == "forward_kl"
+    options = classes, R, spec.divergence == "forward_kl"
     # On a CPU some forty small operations take as long as a third of the loss.
     if backend != "reference" and not torch.compiler.is_compiling() and cpu.BACKEND.available(device) is None:
         made = cpu.BACKEND.store(stored, spec.temperature, rows, *options)
@@ -543,13 +594,19 @@ def _sparse(stored: StoredSource, call: Call, backend: str | None) -> Sparse:
 
 def _seeds(options: dict[str, Any], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Seeds of the student's and of the teachers' noise, one draw where neither gives its own."""
-    student, teacher = options["student_noise"], options["teacher_noise"]
-    first = None if student is None else seed_tensor(student, device)
+    student, teacher, over = options["student_noise"], options["teacher_noise"], options["vocab_parallel"]
+
+    def seed(noise: LogitNoise) -> Tensor:
+        drawn = seed_tensor(noise, device)
+        # One that is given is the same on every process.
+        return drawn if over is None or noise.seed is not None else parallel.from_first(drawn, over.name)
+
+    first = None if student is None else seed(student)
     if teacher is None:
         return first, None
     if first is not None and student.seed is None and teacher.seed is None:
         return first, first  # the streams differ
-    return first, seed_tensor(teacher, device)
+    return first, seed(teacher)
 
 
 def _check_mixture(mixture: Tensor, mask: Tensor | None, labels: Tensor | None, spec: LossSpec) -> None:

@@ -103,11 +103,13 @@ class _Sums:
     def __init__(self, student: Any, want: Wanted, how: Plan, rows: Rows, backend: Any) -> None:
         self.backend, self.rows, self.first, self.alone = backend, rows, True, how.chunks == 1
         self.logits = self.hidden = self.weight = self.bias = None
-        self.parts = student
+        self.parts, self.partial = student, False
         if not isinstance(student, Projection):
             self.logits = self._empty(student, want[0])
             return
-        self.hidden = self._empty(student.hidden, want[0])
+        # Parts of a sum over processes are added up before they are rounded.
+        self.partial = getattr(backend, "partial", False)
+        self.hidden = self._empty(student.hidden, want[0], self.partial)
 
         def sums(x: Tensor | None, wanted: bool) -> Tensor | None:
             if x is None or not wanted:
@@ -117,29 +119,29 @@ class _Sums:
 
         self.weight, self.bias = sums(student.weight, want[1]), sums(student.bias, want[2])
 
-    def _empty(self, x: Tensor, wanted: bool) -> Tensor | None:
+    def _empty(self, x: Tensor, wanted: bool, wide: bool = False) -> Tensor | None:
         if not wanted:
             return None
-        made = self.backend.empty(x.shape, x.dtype, x.device)
+        made = self.backend.empty(x.shape, sum_dtype(x) if wide else x.dtype, x.device)
         return made if self.rows.kept is None else made.zero_()  # rows that were dropped have exactly 0
 
     def place(self, z: Tensor, begin: int) -> Tensor:
         """Where a chunk's gradient of the logits is written: in the place of logits that are ours."""
         if self.logits is None or self.rows.kept is not None:
             return z
-        return self.logits.view(-1, z.shape[-1])[begin : begin + len(z)]
+        return self.logits.view(self.rows.leading.numel(), z.shape[-1])[begin : begin + len(z)]
 
     def add(self, side: _Side, dz: Tensor, begin: int) -> None:
         """Takes in a chunk's gradient of the logits."""
         if self.logits is not None and self.rows.kept is not None:
-            self.rows.put(dz, self.logits.view(-1, dz.shape[-1]), begin)
+            self.rows.put(dz, self.logits.view(self.rows.leading.numel(), dz.shape[-1]), begin)
         if self.hidden is not None:
             out = self.hidden.view(-1, self.hidden.shape[-1])
             if self.rows.kept is None:
-                _product(dz, side.weight, out[begin : begin + len(dz)])
+                self._to_hidden(dz, side.weight, out[begin : begin + len(dz)])
             else:
                 part = torch.empty(len(dz), out.shape[-1], dtype=out.dtype, device=out.device)
-                _product(dz, side.weight, part)
+                self._to_hidden(dz, side.weight, part)
                 self.rows.put(part, out, begin)
         if self.weight is not None:
             assert side.hidden is not None
@@ -147,6 +149,12 @@ class _Sums:
         if self.bias is not None:
             self._sum(dz, dz.new_ones(len(dz), 1), self.bias.view(-1, 1))
         self.first = False
+
+    def _to_hidden(self, dz: Tensor, weight: Tensor, out: Tensor) -> None:
+        if self.partial:
+            _accumulate(dz, weight, out, True)
+        else:
+            _product(dz, weight, out)
 
     def _sum(self, dz: Tensor, x: Tensor, out: Tensor) -> None:
         if self.alone:
@@ -158,6 +166,8 @@ class _Sums:
         """In the dtypes of the parts."""
         if not isinstance(self.parts, Projection):
             return (self.logits,)
+        if self.partial and self.hidden is not None:
+            self.hidden = self.backend.reduce_hidden(self.hidden)
         sums = (self.hidden, self.weight, self.bias)
         return tuple(
             None if x is None or part is None else x.to(part.dtype)

@@ -168,21 +168,26 @@ def uniform(word: Tensor) -> Tensor:
     return ((word.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=LARGEST_U)
 
 
-def normals(seed: Tensor, rows: Tensor, classes: int, stream: int, dtype: torch.dtype) -> Tensor:
-    """Standard normals, `[N, classes]`, of the classes from 0 on."""
-    groups = torch.arange((classes + 3) // 4, device=rows.device)
+def normals(
+    seed: Tensor, rows: Tensor, classes: int, stream: int, dtype: torch.dtype, begin: int = 0
+) -> Tensor:
+    """Standard normals, `[N, classes]`, of the classes from `begin` on."""
+    groups = torch.arange(begin // 4, (begin + classes + 3) // 4, device=rows.device)
     u = [uniform(word).to(dtype) for word in words(seed, rows, groups, stream)]
     parts = []
     for first, second in ((u[0], u[1]), (u[2], u[3])):
         radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
         parts += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(parts, -1).flatten(1)[:, :classes]
+    return torch.stack(parts, -1).flatten(1)[:, begin % 4 : begin % 4 + classes]
 
 
-def sample(noise: Noise, seed: Tensor, shape: torch.Size, stream: int, dtype: torch.dtype) -> Tensor:
-    """b·σ·ε for logits of this shape, or with one number a row `[..., 1]`."""
+def sample(
+    noise: Noise, seed: Tensor, shape: torch.Size, stream: int, dtype: torch.dtype, begin: int = 0
+) -> Tensor:
+    """b·σ·ε for logits of this shape from class `begin` on, or with one number a row `[..., 1]`."""
     rows = torch.arange(shape[:-1].numel(), device=seed.device) + noise.row_offset
-    scaled = noise.sigma * normals(seed, rows, 1 if noise.per_row else shape[-1], stream, dtype)
+    classes, begin = (1, 0) if noise.per_row else (shape[-1], begin)
+    scaled = noise.sigma * normals(seed, rows, classes, stream, dtype, begin)
     if noise.probability < 1:
         coin = words(seed, rows, torch.zeros(1, dtype=torch.int64, device=seed.device), stream | COIN)[0]
         scaled = scaled * (uniform(coin) < noise.probability)

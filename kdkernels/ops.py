@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, linear, registry
+from . import autograd, linear, parallel, registry
 from .autograd import what_to_keep, what_to_keep_of_heads
 from .chunks import Job, Wanted
 from .noise import Noise
@@ -114,7 +114,7 @@ def _unpack(student: Any, teachers: Sequence[Any], options: tuple[Any, ...]) -> 
         student, tuple(teachers), mixture, labels, mask, token_weights, num_items, z_seed, v_seed, spec,
         classes, None if stored[0] is None else Sparse(*stored),
     )  # fmt: skip
-    chosen = registry.choose(backend, call)
+    chosen = parallel.backend(backend) or registry.choose(backend, call)
     if chosen.name == "reference":
         raise RuntimeError(
             "this compiled loss was made for a fused backend and none can run it here: "
@@ -239,7 +239,7 @@ torch.library.define(
 
 def kd_heads(job: Job, backend: str | None) -> tuple[Tensor, Tensor | None]:
     """The same of a call with heads."""
-    call, memory_budget, drop_masked = job
+    call, memory_budget, drop_masked, _ = job
     want = linear.wanted(call.student)
     keep = what_to_keep_of_heads(call) if any(want) else "nothing"
     (student, weight, bias), *teachers = (_taken_apart(side) for side in (call.student, *call.teachers))
@@ -274,7 +274,7 @@ def _job(inputs: tuple[Any, ...]) -> tuple[Job, Any, Wanted]:
 
     sides = [side(*parts) for parts in zip(teachers, weights, biases, strict=True)]
     call, backend = _unpack(side(student, weight, bias), sides, inputs[_HEAD_OWN:])
-    return Job(call, budget, drop), backend, tuple(want)
+    return Job(call, budget, drop, getattr(backend, "widest", None)), backend, tuple(want)
 
 
 def _or_nothing(like: Tensor, gradients: linear.Gradients) -> tuple[Tensor, ...]:

@@ -313,21 +313,24 @@ def reduce(loss: Tensor, rows: Tensor, num_items: Tensor | float | None, reducti
     """`none`, `sum`, or the sum over the number of counted rows or `num_items`; 0 where nothing counts."""
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return loss.sum()
+    return loss.sum() if reduction == "sum" else loss.sum() / denominator(rows, num_items, loss.dtype)
+
+
+def denominator(rows: Tensor, num_items: Tensor | float | None, dtype: torch.dtype) -> Tensor:
+    """What a mean divides by."""
     counted = rows.sum()
     if num_items is None:
-        items = counted.to(loss.dtype)
+        items = counted.to(dtype)
     elif isinstance(num_items, Tensor):
-        items = num_items.to(loss)
+        items = num_items.to(counted.device, dtype)
     else:
-        items = loss.new_full((), num_items)
-    return loss.sum() / torch.where(counted == 0, 1.0, items)
+        items = counted.new_full((), num_items, dtype=dtype)
+    return torch.where(counted == 0, 1.0, items)
 
 
 def _figures(v: Tensor, T: float, binary: bool) -> tuple[Tensor, Tensor]:
     """Entropy of a teacher, and its most probable class, or which of its binary ones are likely."""
-    return (_binary_entropy(v / T), v > 0) if binary else (_entropy(v / T), v.argmax(-1))
+    return (binary_entropy(v / T), v > 0) if binary else (entropy(torch.log_softmax(v / T, -1)), v.argmax(-1))
 
 
 def _stats(
@@ -341,20 +344,35 @@ def _stats(
     num_items: Tensor | float | None,
     spec: LossSpec,
 ) -> Tensor:
-    T = spec.temperature
-    counted, answered = rows.sum(), labelled.sum()
-
-    def over(x: Tensor, n: Tensor) -> Tensor:
-        return torch.where(rows, x, 0.0).sum() / n.clamp(min=1)
-
     entropy_v, best_v = teacher
-    entropy_z, best = _figures(z, T, spec.row.binary)
+    entropy_z, best = _figures(z, spec.temperature, spec.row.binary)
     if spec.row.binary:
         agrees = (best == best_v).to(z.dtype).mean(-1)
         correct = None if target is None else (best == (target > 0.5)).to(z.dtype).mean(-1)
     else:
         agrees = (best == best_v).to(z.dtype)
         correct = None if target is None else (labelled & (best == target)).to(z.dtype)
+    return summary(soft, hard, entropy_z, entropy_v, agrees, correct, rows, labelled, num_items, spec)
+
+
+def summary(
+    soft: Tensor,
+    hard: Tensor,
+    entropy_z: Tensor,
+    entropy_v: Tensor,
+    agrees: Tensor,
+    correct: Tensor | None,
+    rows: Tensor,
+    labelled: Tensor,
+    num_items: Tensor | float | None,
+    spec: LossSpec,
+) -> Tensor:
+    """The seven figures of `KDStats`, from those of each row."""
+    counted, answered = rows.sum(), labelled.sum()
+
+    def over(x: Tensor, n: Tensor) -> Tensor:
+        return torch.where(rows, x, 0.0).sum() / n.clamp(min=1)
+
     terms = "mean" if spec.reduction == "none" else spec.reduction
     return torch.stack(
         [
@@ -364,18 +382,19 @@ def _stats(
             over(entropy_v, counted),
             over(agrees, counted),
             counted * 0.0 if correct is None else over(correct, answered),
-            counted.to(z.dtype),
+            counted.to(soft.dtype),
         ]
     ).detach()
 
 
-def _entropy(x: Tensor) -> Tensor:
-    lp = torch.log_softmax(x, -1)
+def entropy(lp: Tensor) -> Tensor:
+    """Σ −p log p of each row of log-probabilities."""
     p = lp.exp()
     return -(p * torch.where(p > 0, lp, 0.0)).sum(-1)
 
 
-def _binary_entropy(x: Tensor) -> Tensor:
+def binary_entropy(x: Tensor) -> Tensor:
+    """The same of a distribution for each logit, summed over the row."""
     # log(1 + e^−|x|) + |x| / (1 + e^|x|)
     x = x.abs()
     e = torch.exp(-x)

@@ -291,15 +291,16 @@ pytree.register_pytree_node(
 )
 
 
-def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
+def unwrap(name: str, source: Any, whole: bool = True) -> tuple[Tensor, PostProcessing]:
     """The raw logits of a `student` or `teacher` argument, checked, and their (scale, softcap).
 
-    Of a `Head` a `Projection`, in the place of the tensor that it stands for.
+    Of a `Head` a `Projection`, in the place of the tensor that it stands for. Where they are not whole, but
+    shards, there may be no class.
     """
     options: PostProcessing = (1.0, None)
     z: Any = source
     if isinstance(source, Head):
-        return cast(Tensor, _projection(name, source)), (source.scale, source.softcap)
+        return cast(Tensor, _projection(name, source, whole)), (source.scale, source.softcap)
     if isinstance(source, Logits):
         z, options = source.z, (source.scale, source.softcap)
     if not isinstance(z, Tensor):
@@ -314,12 +315,12 @@ def unwrap(name: str, source: Any) -> tuple[Tensor, PostProcessing]:
             f"{name} must hold float32, float64, bfloat16 or float16 logits, got {z.dtype}: "
             "if these are token ids, pass them as labels; else cast them"
         )
-    if z.dim() == 0 or z.shape[-1] == 0:
+    if z.dim() == 0 or (z.shape[-1] == 0 and whole):
         raise ValueError(f"{name} must have shape [..., V] with V >= 1, got {tuple(z.shape)}")
     return z, options
 
 
-def _projection(name: str, head: Head) -> Projection:
+def _projection(name: str, head: Head, whole: bool = True) -> Projection:
     """The parts of a `Head`, checked."""
     parts = {"hidden": head.hidden, "weight": head.weight, "bias": head.bias}
     for part, x in parts.items():
@@ -334,10 +335,12 @@ def _projection(name: str, head: Head) -> Projection:
                 "a quantised head is multiplied by its own code, so pass its logits; else cast it"
             )
     hidden, weight, bias = head.hidden, head.weight, head.bias
-    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape:
+    fits = hidden.dim() != 0 and weight.dim() == 2 and hidden.shape[-1] == weight.shape[1]
+    if not fits or 0 in (weight.shape if whole else weight.shape[1:]):
         raise ValueError(
             f"{name}'s kd.Head must have hidden [..., d] and weight [V, d], as nn.Linear(d, V) has, got "
-            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; a sharded weight has to be gathered first"
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}; a weight whose rows are sharded goes with "
+            "vocab_parallel=kd.VocabParallel(group)"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -377,7 +380,7 @@ def _check_whole(what: str, x: Tensor) -> None:
 
 
 def unwrap_teachers(
-    source: Any, student: torch.dtype
+    source: Any, student: torch.dtype, whole: bool = True
 ) -> tuple[list[Tensor], list[PostProcessing], Tensor | None]:
     """The raw logits of a `teacher` argument, their (scale, softcap), and the weights of a mixture.
 
@@ -385,9 +388,9 @@ def unwrap_teachers(
     float32, and sum to 1.
     """
     if not isinstance(source, Mixture):
-        v, options = unwrap("teacher", source)
+        v, options = unwrap("teacher", source, whole)
         return [v], [options], None
-    sides = [unwrap(f"teachers[{m}] of Mixture", teacher) for m, teacher in enumerate(source.teachers)]
+    sides = [unwrap(f"teachers[{m}] of Mixture", teacher, whole) for m, teacher in enumerate(source.teachers)]
     logits, options_of_each = [v for v, _ in sides], [options for _, options in sides]
     for m, v in enumerate(logits):
         if v.shape != logits[0].shape or v.device != logits[0].device:
