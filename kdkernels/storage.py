@@ -62,14 +62,22 @@ def numbered(folder: Path, prefix: str) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[len(prefix) :]))
 
 
-def export(folder: Path, model: nn.Module) -> None:
-    """Writes a model alone: as its own `save_pretrained` does where it has that, else as safetensors."""
+def export(folder: Path, model: nn.Module, state: dict[str, Tensor] | None = None) -> None:
+    """Writes a model alone: as its own `save_pretrained` does where it has that, else as safetensors.
+
+    Args:
+        folder: Where.
+        model: It.
+        state: What is written as its state; None for that itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     own: Any = getattr(model, "save_pretrained", None)
     if own is not None:
-        own(folder)
-    else:
+        own(folder, **({} if state is None else {"state_dict": state}))
+    elif state is None:
         save_model(model, str(folder / "model.safetensors"))
+    else:
+        save_file(state, folder / "model.safetensors")
 
 
 def _packed(where: str, x: Any, tensors: dict[str, Tensor], known: dict[Any, str]) -> Any:

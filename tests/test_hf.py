@@ -226,7 +226,6 @@ def _flat(model: Any, **options: Any) -> Any:
 
 
 SHARDED: dict[str, Callable[[Any], Any]] = {
-    "fully_shard": lambda model: torch.distributed.fsdp.fully_shard(model),
     "FSDP": lambda model: _flat(model, use_orig_params=True),
     "flat FSDP": lambda model: _flat(model, use_orig_params=False),
 }
@@ -262,7 +261,7 @@ def test_sharded_heads_are_named_and_trainers_take_the_logits(
     for rank in (0, 1):
         rows, said, warned, error = of_two_processes[rank, how]
         assert rows == "causal" and error < 1e-5
-        assert re.search(r"LlamaForCausalLM can't be used by its head, since .*sharded over processes", said)
+        assert re.search(r"LlamaForCausalLM can't be used by its head, since .*by fully_shard \(FSDP2", said)
         assert "give kd_loss its logits, as is done here" in warned
 
 

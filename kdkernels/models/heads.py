@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from ..sources import LOGIT_DTYPES, Head
 from .calls import inputs, is_from_transformers, rows, unwrap, without_adapters
+from .gathering import Following, Lending, is_of_data_parallel, is_sharded, owner_of
 
 # Rows that a head is checked on, and values that show what a model does to its logits: a small one for what
 # it multiplies them by, a large one for where it caps them.
@@ -28,6 +29,10 @@ def head(model: nn.Module, **batch: Any) -> Head:
     to its logits, a bias, a factor, a softcap, is found by trying it; at a model's first use the logits of a
     few rows are compared with its own.
 
+    Of a model that `fully_shard` (FSDP2) has sharded, the head's weight is the one that FSDP has gathered for
+    the pass. It stays until the backward pass, in which FSDP reduces its gradient as any other, and what is
+    gathered with it stays, too; without gradients it is given back as soon as the head isn't there any more.
+
     Args:
         model: A causal, masked or sequence-to-sequence language model, in wrappers of data parallelism,
             compilation and adapters, or not.
@@ -39,8 +44,8 @@ def head(model: nn.Module, **batch: Any) -> Head:
 
     Raises:
         TypeError: A model that isn't from `transformers`.
-        ValueError: No head, or one that isn't a plain linear layer (quantised, sharded, adapted), or a model
-            that does something else to its logits; it says what.
+        ValueError: No head, or one that isn't a plain linear layer (quantised, adapted, sharded in other ways
+            than by `fully_shard`), or a model that does something else to its logits; it says what.
 
     Gradient: to the model, by way of hidden states, weight and bias.
 
@@ -60,17 +65,21 @@ def outputs(model: nn.Module, batch: Any, wants: Any = ()) -> dict[str, Any]:
         )
     given, module = inputs(inner, batch, wants), head_of(inner)
     tap = _TAPS.get(module)
+    if tap is not None and tap.lending is None and is_sharded(module.weight):  # since it was made
+        tap = None
     if tap is None and _is_compiled(model):  # for which another kind of pass would be another compilation
         outputs(inner, batch, wants)
         tap = _TAPS[module]
-    tap, tries = tap or _Tap(module), tap is None
+    tap, tries = tap or _Tap(inner, module), tap is None
     with tap.open(inner, tries):
         result = model(**given)
     hidden = tap.taken(inner)
+    logits = next((result[name] for name in _LOGITS if name in result), None)
     if tries:
-        tap.learn(inner, hidden, next((result[name] for name in _LOGITS if name in result), None))
+        tap.learn(inner, hidden, logits)
         _TAPS[module] = tap
-    found = Head(_of_tokens(inner, given, hidden), module.weight, tap.bias(inner), tap.scale, tap.softcap)
+    hidden, weight, bias = tap.parts(_of_tokens(inner, given, hidden), tap.bias(inner), logits)
+    found = Head(hidden, weight, bias, tap.scale, tap.softcap)
     return {**{name: x for name, x in result.items() if x is not None and name not in _LOGITS}, "head": found}
 
 
@@ -91,22 +100,25 @@ class _Pass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        """A view."""
+    def forward(ctx: Any, copies: bool, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        """A view; or a copy, for FSDP, which puts hooks on it and warns of views."""
         ctx.count = len(parameters)
-        return hidden.view_as(hidden)
+        ctx.set_materialize_grads(False)
+        return hidden.clone() if copies else hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         """Of what nobody uses."""
-        return gradients[0], *[None] * ctx.count
+        return None, gradients[0], *[None] * ctx.count
 
 
 class _Tap:
     """What stands in for a head while it is left out."""
 
-    def __init__(self, module: nn.Linear) -> None:
+    def __init__(self, model: nn.Module, module: nn.Linear) -> None:
         self.module: Any = module
+        owner = owner_of(model, module)
+        self.lending = None if owner is None else Lending(model, owner)
         self.scale, self.softcap = 1.0, None  # type: float, float | None
         self.hidden: Tensor | None = None
         self.raw: Tensor | None = None
@@ -115,6 +127,8 @@ class _Tap:
     def forward(self, hidden: Tensor) -> Tensor:
         """The hidden states instead of logits; when trying, logits of a few rows, and values to look at."""
         self.hidden, answer = hidden, hidden
+        if is_sharded(self.module.weight):
+            raise ValueError(f"the head's weight is {_TENSOR_PARALLEL}")
         if self.tries:
             with torch.no_grad():
                 rows = hidden.reshape(-1, hidden.shape[-1])[:_ROWS]
@@ -123,13 +137,18 @@ class _Tap:
                 answer = torch.cat([self.raw, values, values * (_LARGE / _SMALL)])[None]
         parts = (self.module.weight, self.module.bias, *([hidden] if self.tries else []))
         learnt = [p for p in parts if p is not None and p.requires_grad]
-        return _Pass.apply(answer, *learnt) if learnt and torch.is_grad_enabled() else answer
+        of_fsdp = self.lending is not None
+        if not (learnt or (of_fsdp and hidden.requires_grad)) or not torch.is_grad_enabled():
+            return answer
+        return _Pass.apply(of_fsdp, answer, *learnt)
 
     @contextmanager
     def open(self, model: nn.Module, tries: bool) -> Iterator[None]:
         """Within it, the head is left out; or what the model does to its logits is tried."""
         before, base = self.module.__dict__.get("forward"), without_adapters(model)
         self.module.forward, self.hidden, self.tries = self.forward, None, tries
+        if self.lending is not None:
+            self.lending.keep(self.module)
         more = getattr(base, _MORE_BIAS, None)
         if more is not None:
             setattr(base, _MORE_BIAS, more.new_zeros(1, 1))
@@ -147,6 +166,22 @@ class _Tap:
         """All that is added to logits."""
         more, own = getattr(without_adapters(model), _MORE_BIAS, None), self.module.bias
         return own if more is None else more[0] if own is None else own + more[0]
+
+    def parts(
+        self, hidden: Tensor, bias: Tensor | None, logits: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states, weight and bias, as FSDP wants to see them used where the model is sharded."""
+        weight = self.module.weight
+        if self.lending is None:
+            return hidden, weight, bias
+        learns = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        if not learns or not torch.is_grad_enabled():
+            return hidden, self.lending.lend(weight), bias
+        if hidden.requires_grad:
+            (hidden,) = Following.apply(hidden, logits)
+        else:
+            weight, bias = Following.apply(weight, bias, logits)
+        return hidden, weight, bias
 
     def taken(self, model: nn.Module) -> Tensor:
         """The hidden states of the last pass."""
@@ -189,6 +224,11 @@ class _Tap:
 
 # What models of several heads call their language model's.
 _LOGITS = "logits", "prediction_logits"
+_SHARDED = "sharded over processes, in which it has to be by fully_shard (FSDP2)"
+_TENSOR_PARALLEL = (
+    "sharded by tensor parallelism, a part of the classes in each process: give kd_loss those processes' own "
+    "logits, or heads, with vocab_parallel=kd.VocabParallel(group)"
+)
 _REMEDY = "give kd_loss its logits; a trainer does with adaptor=Adaptor(heads=False)"
 # What some sequence-to-sequence models add to the logits that their head has made.
 _MORE_BIAS = "final_logits_bias"
@@ -229,14 +269,19 @@ def head_of(model: Any) -> nn.Linear:
         what = f"its head is a {type(module).__module__}.{type(module).__name__}"
     elif not isinstance(weight, Tensor):
         what = f"its head's weight is {weight}"
-    elif hasattr(weight, "full_tensor") or hasattr(weight, "ds_id") or weight.dim() != 2:
-        what = "its head's weight is sharded over processes"
-    elif type(weight) not in (Tensor, nn.Parameter):  # as some quantisations are, in a plain layer
+    elif hasattr(weight, "ds_id"):
+        what = "its head's weight is sharded over processes by ZeRO 3, which frees it after each forward pass"
+    elif is_sharded(weight) and not is_of_data_parallel(model, module):
+        what = f"its head's weight is {_TENSOR_PARALLEL}"
+    elif weight.dim() != 2:
+        what = f"its head's weight is {_SHARDED}"
+    elif type(weight) not in (Tensor, nn.Parameter) and not is_sharded(weight):
+        # As some quantisations are, in a plain layer.
         what = f"its head's weight is a {type(weight).__module__}.{type(weight).__name__}"
     elif weight.dtype not in LOGIT_DTYPES:
         what = f"its head's weight is {weight.dtype}"
-    elif weight.is_meta or not weight.untyped_storage().size():
-        what = "its head's weight is not in memory (offloaded, or sharded over processes)"
+    elif weight.is_meta or not (is_sharded(weight) or weight.untyped_storage().size()):
+        what = f"its head's weight is not in memory (offloaded, or {_SHARDED})"
     else:
         return module
     raise ValueError(f"{name} can't be used by its head, since {what}: give kd_loss its logits")
