@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 from .. import storage
 from ..cache.checks import check_cached, check_loader, collator_of
 from ..files import write_csv
+from ..models import gathering
 from ..pictures import draw_curves
 from .objective import Function, Objective, Progress, Step, Term, count
 from .outputs import Adaptor, Batch, as_batch, on_device
@@ -167,30 +168,23 @@ class Distiller:
         if self._passes is not None:
             return
         accelerator = self.accelerator
-        kind = accelerator.distributed_type
-        if len(self.models) > 1 and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(f"{kind.value} trains one model, not {', '.join(self.models)}: use DDP")
         for module in (m for teacher in self.teachers.values() for m in modules_of(teacher)):
-            sharded = any(hasattr(p, "full_tensor") for p in module.parameters())
-            if not sharded and not hasattr(module, "hf_device_map"):
-                module.to(accelerator.device)
+            gathering.place(module, accelerator.device)
         for update in self.updates:
             update.objective.to(accelerator.device)
             trained = [self.models[name] for name in update.trains]
             update.optimizer = _optimizers(update.optimizer or partial(AdamW, lr=1e-3), trained)
-        ready = accelerator.prepare(*self.models.values(), *(o for u in self.updates for o in u.optimizer))
+        ready = gathering.prepare(accelerator, self.models, self.updates)
         if accelerator.log_with and not accelerator.trackers:
             accelerator.init_trackers("kdkernels")
-        models_ready, prepared = dict(zip(self.models, ready, strict=False)), iter(ready[len(self.models) :])
         for update in self.updates:
-            update.optimizer = [next(prepared) for _ in update.optimizer]
             given = update.scheduler
             made = [given(o.optimizer) for o in update.optimizer] if callable(given) else [given]
             update.scheduler = [scheduler for scheduler in made if scheduler is not None]
         # Where Accelerate's wrappers have nothing to do: they look for packages at every step.
-        self._plain = accelerator.scaler is None and kind in _PLAIN
+        self._plain = accelerator.scaler is None and accelerator.distributed_type in _PLAIN
         several = len(self.updates) > 1
-        self._passes = Passes(self.models, models_ready, self.teachers, self._terms(), self.adaptor, several)
+        self._passes = Passes(self.models, ready, self.teachers, self._terms(), self.adaptor, several)
 
     def _terms(self) -> list[Any]:
         return [term for update in self.updates for term in update.objective.terms.values()]
@@ -366,6 +360,8 @@ class Distiller:
 
         with ExitStack() as stack:
             trained = {name for update in self.updates for name in update.trains}
+            shown = [self.models[name] for name in trained if grad_norms]
+            gathering.check_alike(shown, "and has no whole gradients: leave grad_norms out")
             for name in (name for name in trained if not self._passes.ready[name].training):
                 stack.callback(self._passes.ready[name].eval)
                 self._passes.ready[name].train()
@@ -428,7 +424,9 @@ class Distiller:
             # What is drawn here, of noise or an order, is not drawn from a fit.
             stack.enter_context(torch.random.fork_rng([self.accelerator.device] if cuda else []))
             stack.enter_context(self.accelerator.autocast())
-            for raw in check_loader(self.position.shard(loader, even=False)):
+            batches = check_loader(self.position.shard(loader, even=False))
+            for raw, own in gathering.together(batches, [*self.models.values(), *passes.modules]):
+                into = means if own else Means()
                 given = passes.given([self._placed(raw)])
                 for update in self.updates:
                     totals = counts(given, update.objective.counted)
@@ -436,10 +434,10 @@ class Distiller:
                     for name, (part, value) in update.objective.parts(step).items():
                         term: Any = update.objective.terms[name]
                         n = float(count(step.batch, term.over))
-                        means.add(update.named(name), float(value), n)
-                        means.add((update.named("loss"), name), 0.0 if part is None else float(part), n)
+                        into.add(update.named(name), float(value), n)
+                        into.add((update.named("loss"), name), 0.0 if part is None else float(part), n)
                 for name, metric in self.metrics.items():
-                    means.add(name, float(metric(step)), float(count(step.batch, metric.over)))
+                    into.add(name, float(metric(step)), float(count(step.batch, metric.over)))
         row: Row = {}
         for name, figure in means.over(self.accelerator.num_processes).items():
             key = name if isinstance(name, str) else name[0]
@@ -507,7 +505,7 @@ class Distiller:
         """
         self._prepare()
         accelerator, scaler = self.accelerator, self.accelerator.scaler
-        state = {
+        state = gathering.whole({
             "models": {name: accelerator.get_state_dict(model) for name, model in self._passes.ready.items()},
             "updates": [[part.state_dict() for part in _parts(update)] for update in self.updates],
             "progress": asdict(self.progress),
@@ -515,7 +513,7 @@ class Distiller:
             "history": json.dumps(self.history),
             "scaler": None if scaler is None else scaler.state_dict(),
             "processes": gather_object([self.position.state_dict()]),
-        }  # fmt: skip
+        }, accelerator.is_main_process)  # fmt: skip
         if accelerator.is_main_process:
             storage.save(Path(path), state)
         accelerator.wait_for_everyone()
@@ -542,10 +540,10 @@ class Distiller:
         self._prepare()
         try:
             for name, model in self.models.items():
-                model.load_state_dict(state["models"][name])
+                gathering.load(model, state["models"][name])
             for update, saved in zip(self.updates, state["updates"], strict=True):
                 for part, its in zip(_parts(update), saved, strict=True):
-                    part.load_state_dict(its)
+                    gathering.load(part, its)
                     if part is update.objective:  # which now has what an optimizer is to know
                         part.to(self.accelerator.device)
                         self._adopt(update)
@@ -563,7 +561,7 @@ class Distiller:
 
     def export(self, path: str | Path, model: str = "student") -> None:
         """Writes a trained model alone: as `save_pretrained` does where it has that, else as safetensors."""
-        storage.export(Path(path), self.models[model])
+        gathering.export(Path(path), self.models[model])
 
 
 def _optimizers(given: Any, models: Sequence[nn.Module]) -> list[Optimizer]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..models.calls import constant, evaluating
 from ..models.capture import Capture
+from ..models.gathering import check_alike
 from .objective import Over, Progress, Step, Term, count
 from .outputs import Adaptor, Batch, Outputs, detached, named
 from .teachers import Ensemble, Stored, modules_of
@@ -97,6 +98,7 @@ class Passes:
         if model is None:
             raise KeyError(f"there is no model {name!r}, only {', '.join([*self.ready, *self.teachers])}")
         if name == "teacher" and name in self.teachers and raw.get("teacher") is not None:
+            check_alike([model], "and batches bring what it said to some of them: leave it, or those, out")
             model = model if isinstance(model, Stored) else Stored()  # what is there needn't be asked live
         recorders, wants = self.recorders if isinstance(model, nn.Module) else [], self.wants[name]
         with ExitStack() as stack, torch.set_grad_enabled(again or name in trains):
