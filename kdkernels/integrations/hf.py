@@ -1,12 +1,13 @@
-"""For models and trainers of `transformers`: `head`, and `DistillMixin` when it is asked for."""
+"""For models and trainers of `transformers`: `head`, `shard`, and `DistillMixin` when it is asked for."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..models.heads import head
+from ..models.sharding import shard
 
-__all__ = ["DistillMixin", "head"]  # noqa: F822
+__all__ = ["DistillMixin", "head", "shard"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from ..cache import TeacherCache
 from ..cache.checks import check_cached, check_loader, collator_of
 from ..cache.manifest import NAME as MANIFEST
 from ..models.calls import rows, unwrap
+from ..models.gathering import place
 from ..models.tokenizers import vocabulary_hash
 from ..train.objective import Function, Objective, Progress, Step, Term
 from ..train.outputs import Adaptor
@@ -125,10 +126,7 @@ class DistillMixin(_Trainer):
         for tokenizer in tokenizers:
             _check_tokenizers(self.processing_class or _tokenizer_of(self.model), tokenizer)
         for module in modules:
-            if not hasattr(module, "hf_device_map") and not any(
-                hasattr(p, "full_tensor") for p in module.parameters()
-            ):
-                module.to(self.args.device)
+            place(module, self.args.device)
         self._kd_passes: Passes | None = None
         self._kd_totals: dict[Any, Any] | None = None
         self._kd_sums: dict[str, Any] = {}
