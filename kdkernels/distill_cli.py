@@ -35,7 +35,7 @@ def _command() -> Any:
     parameters = [
         inspect.Parameter(
             "config", keyword, default=None, annotation=Annotated[
-                Path | None, typer.Option(help="A YAML file of the same names; flags go before it.")
+                Path | None, typer.Option(help="A YAML file of the same names; flags replace what it says.")
             ],
         ),
         inspect.Parameter(
@@ -95,6 +95,11 @@ def _run(file: Path | None, dry: bool, flags: dict[str, Any]) -> None:
     from .distill.run import is_first, run
     from .distill.state import kept
     from .train import NonFiniteLoss
+
+    if not is_first():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of reading weights
 
     def say(line: str) -> None:
         if is_first():

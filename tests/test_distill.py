@@ -124,6 +124,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 contents = {"user": text(2 * n + 9), "assistant": text(n + 61)}
                 said = [{"role": role, "content": content} for role, content in contents.items()]
                 file.write(json.dumps({"messages": said}) + "\n")
+    (place / "empty.txt").write_text("\n\nw1\n")
+    (place / "far.jsonl").write_text('{"ids": [5, 6]}\n{"ids": [5, 64]}\n')
     (place / "ids.jsonl").write_text("\n".join(json.dumps({"ids": [5 + n, 6, 7, 8]}) for n in range(40)))
     with pytest.raises(SystemExit) as stopped:
         cli.main(["cache", "build", "--teacher", str(place / "teacher"), "--data", str(place / "texts.txt"),
@@ -238,6 +240,39 @@ def test_from_a_cache(data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
     figures = table(said)
     assert "teacher" not in figures
     assert float(figures["student after"][1]) < 0.9 * float(figures["student before"][1])
+
+
+def test_from_draws_of_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of which nobody knows the most probable class."""
+    with pytest.raises(SystemExit) as stopped:
+        options = ("--kind", "sampled", "--draws", "64", "--out", str(tmp_path / "drawn"))
+        cli.main(["cache", "build", "--teacher", "teacher", "--data", "texts.txt", *options])
+    assert not stopped.value.code
+    out = tmp_path / "run"
+    assert (
+        run("--cache", tmp_path / "drawn", "--student", "llama", *FAST, "--steps", 40, "--out", out) is None
+    )
+    figures = table(capsys.readouterr().out)
+    assert float(figures["student after"][1]) < 0.95 * float(figures["student before"][1])
+    assert figures["student after"][4] == "—" and "as drawn, which is" in (out / "report.md").read_text()
+    history = (out / "fit" / "1-distil" / "history.csv").read_text()
+    assert "eval/kl" in history and "agreement" not in history
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lower_precisions(dtype: str, tmp_path: Path) -> None:
+    """By autocast, of weights in either."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # of a process there is one precision
+    try:
+        options = ("--precision", "bfloat16", "--dtype", dtype, "--steps", 2, "--out", tmp_path / "run")
+        assert run(*BASE, *options) is None
+    finally:
+        AcceleratorState._reset_state()
+    found = weights(tmp_path / "run" / "student")
+    assert {str(x.dtype) for x in found.values()} == {f"torch.{dtype}"}
+    assert all(x.isfinite().all() for x in found.values())
 
 
 def test_texts_that_a_cache_lacks_are_counted() -> None:
@@ -427,6 +462,8 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"data": "nothing.txt"}, "data: nothing.txt is not there"),
     ({"data": "student.json"}, "data: must be a .txt or .jsonl file, got student.json"),
     ({"data": "chats.jsonl"}, "data: chats.jsonl, line 1 has no field 'text', it has 'messages'"),
+    ({"data": "empty.txt"}, "data: must have a text of two tokens or more to train on, and has none"),
+    ({"data": "far.jsonl", "ids_field": "ids"}, "data: far.jsonl, line 2: its text must be ids from 0 to 63"),
     ({"eval_data": "nothing.txt"}, "eval_data: nothing.txt is not there"),
     ({"teacher": [], "cache": "cache", "data": [], "eval_data": "other.txt"}, "eval_data: must be left out"),
     ({"batch_size": 1000}, "batch_size: must be at most the \\d+ sequences of data, got 1000"),
@@ -502,7 +539,7 @@ def test_padding_and_prompts_do_not_count_and_ends_do() -> None:
     data = Sequences()
     data.append([5, 6, 2])
     data.append([7, 2, 8, 9, 2], [False, False, True, True, True])
-    assert (len(data), data.tokens, data.counted, data.longest, data.largest_id()) == (2, 8, 5, 5, 9)
+    assert (len(data), data.tokens, data.counted, data.longest) == (2, 8, 5, 5)
     batch = Collator(pad=2)([data[0], data[1]])
     assert batch["input_ids"].tolist() == [[5, 6, 2, 2, 2], [7, 2, 8, 9, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
@@ -526,7 +563,7 @@ def test_equal_texts_are_held_out_together(tmp_path: Path, capsys: pytest.Captur
     config = config_of({**SMALL, "data": str(tmp_path / "twice.txt"), "eval_fraction": 0.3})
     from kdkernels.distill.data import read
 
-    train, held = read(config, tokenizer_of(WORDS), 32, print)
+    train, held = read(config, tokenizer_of(WORDS), 32, V, print)
     sides = [{tuple(part[n][0].tolist()) for n in range(len(part))} for part in (train, held)]
     assert (len(train), len(held)) == (28, 12) and [*map(len, sides)] == [7, 3] and not sides[0] & sides[1]
 
@@ -594,6 +631,9 @@ def test_a_run_that_died_goes_on(
         "step-00000015",
     }
     before = json.loads((out / "run.json").read_text())["before"]
+    capsys.readouterr()
+    assert run(*BASE, *LONG, "--out", out, "--dry-run") is None
+    assert f"goes on    from step 15 of 1-distil, in {out}" in capsys.readouterr().out
     assert run(*BASE, *LONG, "--out", out, "--log-every", 3) is None
     assert same(weights(out / "student"), whole)
     assert json.loads((out / "run.json").read_text())["before"] == before
@@ -718,7 +758,7 @@ def test_two_processes_do_what_one_does(
     assert done.stdout.count("| student after") == 1
     found = weights(out / "student")
     for name, x in whole.items():
-        torch.testing.assert_close(found[name], x, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(found[name], x, rtol=1e-5, atol=1e-6)
     assert "in 2 processes" in (out / "report.md").read_text()
 
 
@@ -748,7 +788,7 @@ def test_a_dry_run_says_all_and_writes_nothing(
         "held out   2 sequences of 8 tokens",
         "steps      27 of 4 sequences, 9 a pass: 1 × 2 × 2 (processes, accumulated, at once)",
         "minimised  hinton, distil: 0.9 × soft (jsd 0.3 at T = 2), 0.1 × hard (HardLabels)",
-        "device     cpu, computed in float32, weights in float32",
+        "device     cpu, computed in float32",
         "cuda: runs on cuda tensors, these are on cpu",
         "| kd_loss, heads (this run) ",
         "| kd_loss, a head and a cache, k = 64 ",
@@ -776,7 +816,7 @@ def test_a_dry_run_of_a_cache_and_of_logits(capsys: pytest.CaptureFixture[str]) 
     assert not Path("o").exists()
 
 
-# Measured and estimated are within 1.22 of each other at 16,384 and 32,768 classes: pages that the allocator
+# Measured and estimated are within 1.24 of each other at 16,384 and 32,768 classes: pages that the allocator
 # keeps, and rows that are copied.
 FACTOR = 1.3
 
@@ -789,7 +829,7 @@ FACTOR = 1.3
 @pytest.mark.parametrize("way", memory.WAYS)
 def test_the_estimate_is_what_is_measured(way: str, dtype: torch.dtype) -> None:
     """Of the loss, beside the head's gradient and that of hidden states, to within a factor."""
-    student, teacher = (memory.Side(0, CLASSES, d, dtype) for d in WIDTHS)
+    student, teacher = (memory.Side(0, CLASSES, d, dtype, dtype) for d in WIDTHS)
 
     def probe(*args: Any) -> Any:
         return memory.explained(*args, device=torch.device("cpu"), temperature=2.0)
@@ -807,7 +847,7 @@ def test_what_models_hold_is_what_they_hold() -> None:
     optimizer = torch.optim.AdamW(student.parameters())
     student(input_ids=torch.tensor([[5, 6, 7]])).logits.sum().backward()
     optimizer.step()
-    sides = [memory.Side(m.num_parameters(), V, 16, m.dtype) for m in (student, teacher)]
+    sides = [memory.Side(m.num_parameters(), V, 16, m.dtype, m.dtype) for m in (student, teacher)]
     held = memory.held(sides[0], sides[1:])
     assert held.weights == sum(p.nbytes for p in student.parameters())
     assert held.gradients == sum(p.grad.nbytes for p in student.parameters())

@@ -7,6 +7,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,6 @@ class Sequences(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
         span = slice(self._ends[n], self._ends[n + 1])
         return torch.tensor(self._ids[span], dtype=torch.int64), torch.tensor(self._counts[span]).bool()
-
-    def largest_id(self) -> int:
-        """Of all tokens."""
-        return max(self._ids, default=-1)
 
     def digest(self) -> str:
         """A hash of all of it."""
@@ -120,19 +117,26 @@ class Collator:
 
 
 def read(
-    config: Config, tokenizer: Any, longest: int, say: Callable[[str], None]
+    config: Config, tokenizer: Any, longest: int, classes: int, say: Callable[[str], None]
 ) -> tuple[Sequences, Sequences]:
     """What is trained on, and what is held out.
 
     Texts are held out whole, with all their windows, and two that are equal are on the same side.
 
+    Args:
+        config: What is read.
+        tokenizer: By which.
+        longest: Tokens of a window.
+        classes: Of the student, which ids are below.
+        say: What is told of texts that were cut or left out.
+
     Raises:
         ConfigError: Files that can't be read, or hold too little.
     """
-    found = [*_texts(config, "data", tokenizer, longest, say)] if config.data else []
+    found = [*_texts(config, "data", tokenizer, longest, classes, say)]
     train, held = Sequences(), Sequences()
     if config.eval_data:
-        for windows in _texts(config, "eval_data", tokenizer, longest, say):
+        for windows in _texts(config, "eval_data", tokenizer, longest, classes, say):
             _add(held, windows)
     aside = set() if config.eval_data else _held_out(config, found)
     for windows in found:
@@ -140,9 +144,14 @@ def read(
     return train, held
 
 
-def from_cache(config: Config, cache: TeacherCache, longest: int) -> tuple[Sequences, Sequences]:
+def from_cache(
+    config: Config, cache: TeacherCache, longest: int, classes: int
+) -> tuple[Sequences, Sequences]:
     """The sequences of a cache, trained on and held out; of those longer than models take, the beginnings."""
     found = [[[(int(n), True) for n in ids[:longest]]] for ids, _ in cache.sequences()]
+    found = [windows for windows in found if len(windows[0]) > 1]
+    if (most := max((n for windows in found for n, _ in windows[0]), default=-1)) >= classes:
+        raise ConfigError("cache", f"must have ids below the student's {classes} classes, got {most}")
     aside = _held_out(config, found)
     train, held = Sequences(), Sequences()
     for windows in found:
@@ -168,14 +177,14 @@ Window = Sequence[tuple[int, bool]]
 
 
 def _texts(
-    config: Config, key: str, tokenizer: Any, longest: int, say: Callable[[str], None]
+    config: Config, key: str, tokenizer: Any, longest: int, classes: int, say: Callable[[str], None]
 ) -> Iterator[list[Window]]:
     """The windows of each text, of tokens and whether they count."""
     paths, count = [Path(path) for path in getattr(config, key)], texts.Count()
     keys = {"data": key, "eos": "eos", "messages_field": "messages_field"}
     with named(**keys):
         texts.check_paths(paths)
-        tokenize = _tokenize(config, tokenizer)
+        tokenize = _tokenize(config, tokenizer, classes)
         field = config.messages_field or config.ids_field or config.text_field or "text"
         number, windows, short, bare = -1, [], 0, 0  # type: int, list[Window], int, int
         # By its type they are numbers, and here pairs of those: what cuts them doesn't look at them.
@@ -204,16 +213,23 @@ def _texts(
         )
 
 
-def _tokenize(config: Config, tokenizer: Any) -> Callable[[Any], Any]:
+def _tokenize(config: Config, tokenizer: Any, classes: int) -> Callable[[Any], Any]:
     if config.loss_on == "completions":
         return _by_speaker(tokenizer)
     if config.messages_field:
         plain = texts.by_messages(tokenizer)
     elif config.ids_field:
-        plain = texts.by_ids
+        plain = partial(_ids, classes)
     else:
         plain = texts.by_text(tokenizer, config.special_tokens, config.eos)
     return lambda content: [(n, True) for n in plain(content)]
+
+
+def _ids(classes: int, given: Any) -> list[int]:
+    found = texts.by_ids(given)
+    if wrong := [n for n in found if not 0 <= n < classes]:
+        raise TypeError(f"must be ids from 0 to {classes - 1}, got {wrong[0]}")
+    return found
 
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")

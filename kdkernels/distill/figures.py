@@ -44,8 +44,8 @@ class Figures:
         self._found: dict[str, float] = {}
 
     def metric(self, name: str) -> Callable[[Step], Tensor]:
-        """One of them as a function of the step; 0 where it isn't there."""
-        return lambda step: torch.tensor(self(step).get(name, 0.0))
+        """One of them as a function of the step."""
+        return lambda step: torch.tensor(self(step)[name])
 
     @torch.no_grad()
     def __call__(self, step: Step) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """What a step takes, by formulas: weights, gradients, the optimizer, and the loss in each way to compute it.
 
 N are the rows of a batch of one process, V and U the classes of student and teachers, d the student's width,
-a and b the bytes of their numbers. An estimate of the largest of a step is the sum of all parts, though a
-step doesn't hold all of them at once. What layers keep for backward is not in it, the same in every way.
+a and b the bytes of their numbers, of weights or of what is computed. An estimate of the largest of a step is
+the sum of all parts, though a step doesn't hold all of them at once. What layers keep for backward is not in
+it, and the same in every way.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ class Side:
         parameters: How many numbers it has.
         classes: Of its logits.
         width: Of its hidden states.
-        dtype: Of its weights, and so of its logits.
+        dtype: Of its weights.
+        computed: Of its logits, which autocast may make in another.
     """
 
     parameters: int
     classes: int
     width: int
     dtype: torch.dtype
+    computed: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def of_losses(student: Side, teachers: list[Side], rows: int, k: int, probe: Any
         k: Classes that a cache keeps of a row.
         probe: `kd.explain` of sources, as `explained` makes one.
     """
-    a, logits = student.dtype.itemsize, sum(t.classes * t.dtype.itemsize for t in teachers)
+    a, logits = student.computed.itemsize, sum(t.classes * t.computed.itemsize for t in teachers)
     found = {
         "eager": rows * (student.classes * a + logits + EAGER * 4 * student.classes),
         "logits": rows * (2 * student.classes * a + logits),
@@ -118,10 +121,11 @@ def explained(
     """
 
     def source(side: Side, learns: bool) -> Any:
-        one = torch.zeros((), dtype=side.dtype, device=device)
+        own, made = (torch.zeros((), dtype=x, device=device) for x in (side.dtype, side.computed))
         if not heads:
-            return one.expand(rows, side.classes).requires_grad_(learns)
-        hidden, weight = one.expand(rows, side.width), one.expand(side.classes, side.width)
+            return made.expand(rows, side.classes).requires_grad_(learns)
+        # What layers end with is of the weights' dtype, as a norm's output is.
+        hidden, weight = own.expand(rows, side.width), own.expand(side.classes, side.width)
         return Head(hidden.requires_grad_(learns), weight.requires_grad_(learns))
 
     labels = torch.zeros((), dtype=torch.int64, device=device).expand(rows)
@@ -134,4 +138,6 @@ def explained(
         t = float(options.get("temperature", 1.0))
         lse = {x: torch.zeros(rows, device=device) for x in {1.0, t}}
         teacher = TopK(ids.expand(rows, k), log_probs.expand(rows, k), lse=lse)
-    return explain(source(student, True), teacher, labels, **{"hard_weight": 0.1, **options})
+    cast = student.computed is not student.dtype
+    with torch.autocast(device.type, student.computed if cast else None, enabled=cast):
+        return explain(source(student, True), teacher, labels, **{"hard_weight": 0.1, **options})

@@ -50,6 +50,9 @@ def amount_of(config: Config, train: Sequences, processes: int) -> Amount:
             f"must be a multiple of {processes} processes times accumulate={config.accumulate}, got "
             f"{config.batch_size}",
         )
+    if not len(train):
+        key = "data" if config.data else "cache"
+        raise ConfigError(key, "must have a text of two tokens or more to train on, and has none")
     per_epoch = len(train) // config.batch_size
     if not per_epoch:
         raise ConfigError(
@@ -73,7 +76,7 @@ def lines(
         f"steps      {amount.steps:,} of {config.batch_size} sequences, {amount.per_epoch:,} a pass: "
         f"{amount.processes} × {config.accumulate} × {amount.micro} (processes, accumulated, at once)",
         *_stages(config, plan),
-        f"device     {device.type}, computed in {config.precision}, weights in {config.dtype}",
+        f"device     {device.type}, computed in {config.precision}",
         *_backend(config, plan, sides, rows, device),
         "",
         *_memory(config, plan, sides, rows, device),
@@ -152,17 +155,18 @@ def _options(plan: Plan) -> dict[str, Any]:
     return dict(soft[0].options) if soft else {}
 
 
-def _sides(sides: Sides) -> tuple[memory.Side, list[memory.Side]]:
+def _sides(config: Config, sides: Sides) -> tuple[memory.Side, list[memory.Side]]:
     def of(model: Any) -> memory.Side:
+        computed = model.dtype if config.precision == "float32" else getattr(torch, config.precision)
         return memory.Side(
-            models.parameters(model), models.classes(model), models.width(model), model.dtype
-        )  # fmt: skip
+            models.parameters(model), models.classes(model), models.width(model), model.dtype, computed
+        )
 
     return of(sides.student), [of(t) for t in sides.teachers] if sides.cache is None else []
 
 
 def _backend(config: Config, plan: Plan, sides: Sides, rows: int, device: torch.device) -> list[str]:
-    student, teachers = _sides(sides)
+    student, teachers = _sides(config, sides)
     try:
         found = memory.explained(student, teachers, rows, device=device, heads=config.heads, **_options(plan))
     except ValueError as error:
@@ -174,7 +178,7 @@ def _backend(config: Config, plan: Plan, sides: Sides, rows: int, device: torch.
 
 
 def _memory(config: Config, plan: Plan, sides: Sides, rows: int, device: torch.device) -> list[str]:
-    student, teachers = _sides(sides)
+    student, teachers = _sides(config, sides)
     options = _options(plan)
 
     def probe(student: memory.Side, teachers: list[memory.Side], rows: int, k: int = 1) -> Any:

@@ -60,7 +60,8 @@ def write(
         "",
         "KL(p‖q) of the teacher's distribution p and the student's q at T = 1 and the cross-entropy of the "
         "next token are in nats a token, perplexity is its exponential, agreement is the share of positions "
-        "with the same most probable token; loss is what was minimised, where it is of predictions alone.",
+        "with the same most probable token; loss is what was minimised, where it is of predictions alone."
+        + _of_draws(sides),
         "",
         f"Training and its evaluations took {state.seconds:,.0f} s. {_peak(device)}",
         "",
@@ -86,6 +87,16 @@ def _row(figures: Mapping[str, float]) -> list[str]:
     perplexity = f"{math.exp(min(figures['cross_entropy'], 700)):,.2f}" if "cross_entropy" in figures else "—"
     return [shown("loss", ".4f"), shown("kl", ".4f"), shown("cross_entropy", ".4f"), perplexity,
             shown("agreement", ".1%")]  # fmt: skip
+
+
+def _of_draws(sides: Sides) -> str:
+    if sides.cache is None or sides.cache.manifest.kind != "sampled":
+        return ""
+    manifest = sides.cache.manifest
+    return (
+        f" Of this teacher {manifest.draws} draws a position are known, at T = {manifest.temperatures[0]:g}: "
+        "KL is that of its shares as drawn, which is more than 0 for the teacher itself."
+    )
 
 
 def _peak(device: torch.device) -> str:

@@ -91,12 +91,15 @@ class _Work:
 
     def plan(self, sides: Sides) -> Plan:
         """The stages for these models."""
-        config = self.config
+        config, cache = self.config, sides.cache
+        # Of draws nobody knows the most probable class.
+        drawn = cache is not None and cache.manifest.kind == "sampled"
+        names = [name for name in STUDENT if not (drawn and name == "agreement")]
         return plan_of(
             config, sides.student, models.teacher_of(sides), accelerator=self.accelerator,
             adaptor=self.adaptor, accumulate=config.accumulate, clip=config.clip or None,
             optimizer=partial(_optimizer, config), callbacks=[self.interruption],
-            metrics={name: self.figures.metric(name) for name in STUDENT},
+            metrics={name: self.figures.metric(name) for name in names},
         )  # fmt: skip
 
     @property
@@ -133,7 +136,7 @@ def run(config: Config, say: Callable[[str], None], dry: bool = False) -> None:
     settings(config)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device", "must be cpu here, where torch sees no CUDA device, got 'cuda'")
-    resumes = not dry and states.check_options(config)
+    resumes = states.check_options(config)
     accelerator = _accelerator(config)
     outline = models.outlined(config)
     longest = models.longest(config, outline)
@@ -147,6 +150,8 @@ def run(config: Config, say: Callable[[str], None], dry: bool = False) -> None:
     _check(config, drafted)
     for line in plans.lines(config, outline, (train, held), amount, drafted, accelerator.device, longest):
         say(line)
+    if resumes and (done := states.kept(Path(config.out))):
+        say(f"goes on    from {done}, in {config.out}")
     if not dry:
         _fit(work, work.begun(resumes), say)
 
@@ -173,7 +178,7 @@ def _fit(work: _Work, state: State, say: Callable[[str], None]) -> None:
         state.before = measured()
         work.write(state)
     began = time.perf_counter()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + accelerator.process_index)  # of dropout and noise, which no two share
     try:
         with work.interruption:
             histories = plan.run(
@@ -224,22 +229,17 @@ def _accelerator(config: Config) -> Accelerator:
 def _data(
     config: Config, sides: Sides, longest: int, processes: int, say: Any
 ) -> tuple[data.Sequences, data.Sequences]:
-    cache = sides.cache
+    cache, classes = sides.cache, models.classes(sides.student)
     if config.data:
-        train, held = data.read(config, sides.tokenizer, longest, say)
+        train, held = data.read(config, sides.tokenizer, longest, classes, say)
     else:
         assert cache is not None
-        train, held = data.from_cache(config, cache, longest)
+        train, held = data.from_cache(config, cache, longest, classes)
         if config.eval_data:
             raise ConfigError("eval_data", "must be left out without data, whose place the cache takes")
     if 0 < len(held) < processes:
         key = "eval_data" if config.eval_data else "eval_fraction"
         raise ConfigError(key, f"must hold out a text for each of {processes} processes, got {len(held)}")
-    ids = max(train.largest_id(), held.largest_id())
-    if ids >= (most := models.classes(sides.student)):
-        raise ConfigError(
-            "data" if config.data else "cache", f"must have ids below the student's {most} classes, got {ids}"
-        )
     if cache is not None and config.data:
         for key, part in (("data", train), ("eval_data" if config.eval_data else "data", held)):
             missing = [n for n in range(len(part)) if part[n][0] not in cache]
