@@ -12,6 +12,7 @@ BENCHMARKS = {
     "sparse": "a stored teacher of k classes a row: time beside the whole one and eager, peak memory, error",
     "trainer": "a step of the trainer beside the same step written by hand",
     "hf": "a step of a transformers trainer beside the loss written by hand: time, peak memory",
+    "fsdp": "a frozen teacher shared out over processes: peak memory of each beside that of a whole one",
     "cache": "a cached teacher: bytes a token, what they lose, writing, random reads, a trainer's input wait",
     "solver": "one distribution from a generalist and 20 specialists: time, agreement with descent",
     "strategies": "every strategy of the literature beside its control: differences over seeds, verdicts",
