@@ -11,8 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +42,8 @@ from kdkernels.bench import run_isolated
 from kdkernels.distill import memory, recipe
 from kdkernels.distill import run as running
 from kdkernels.distill.config import Config, ConfigError, config_of, kind_of
-from kdkernels.distill.data import Collator, Sequences, Shuffled
+from kdkernels.distill.data import Batches, Collator, Sequences, Shuffled
+from kdkernels.train import Distiller
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{n}" for n in range(60))]
 V = len(WORDS)
@@ -108,6 +107,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(place / "llama", place / "stranger")
     tokenizer_of([*WORDS[:10], WORDS[11], WORDS[10], *WORDS[12:]]).save_pretrained(place / "stranger")
     shutil.copy(place / "llama" / "config.json", place / "student.json")
+    found = json.loads((place / "student.json").read_text())
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4}
+    (place / "heads.json").write_text(json.dumps({**found, **heads}))
     generator = torch.Generator().manual_seed(1)
 
     def text(n: int) -> str:
@@ -245,14 +247,15 @@ def test_from_a_cache(data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_from_draws_of_a_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of which nobody knows the most probable class."""
     with pytest.raises(SystemExit) as stopped:
-        options = ("--kind", "sampled", "--draws", "64", "--out", str(tmp_path / "drawn"))
+        options = ("--kind", "sampled", "--draws", "999", "--temperature", "2", "--out", f"{tmp_path}/drawn")
         cli.main(["cache", "build", "--teacher", "teacher", "--data", "texts.txt", *options])
     assert not stopped.value.code
     out = tmp_path / "run"
-    assert (
-        run("--cache", tmp_path / "drawn", "--student", "llama", *FAST, "--steps", 40, "--out", out) is None
-    )
+    command = ("--cache", tmp_path / "drawn", "--student", "llama", "--temperature", 2, "--hard-weight", 0)
+    assert run(*command, *FAST, "--steps", 40, "--out", out) is None
     figures = table(capsys.readouterr().out)
+    for loss, kl, *_ in figures.values():
+        assert float(loss) == pytest.approx(0.9 * 2**2 * float(kl), abs=3e-4)
     assert float(figures["student after"][1]) < 0.95 * float(figures["student before"][1])
     assert figures["student after"][4] == "—" and "as drawn, which is" in (out / "report.md").read_text()
     history = (out / "fit" / "1-distil" / "history.csv").read_text()
@@ -551,9 +554,14 @@ def test_an_order_is_of_its_epoch_and_of_whole_steps() -> None:
     first = [*order]
     assert len(first) == len(order) == 8 and len({*first}) == 8 and [*order] == first
     order.set_epoch(1)
-    assert [*order] != first
+    second = [*order]
+    assert second != first
     order.set_epoch(0)
     assert [*order] == first and [*Shuffled(10, 4, seed=4)] != first
+    loader = Batches(range(10), 4, sampler=order, collate_fn=list)
+    assert [n for batch in loader for n in batch] == first
+    loader.set_epoch(1)
+    assert [n for batch in loader for n in batch] == second
 
 
 def test_equal_texts_are_held_out_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -643,27 +651,25 @@ def test_a_run_that_died_goes_on(
 
 
 def test_a_run_that_was_interrupted_goes_on(
-    whole: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By Ctrl-C, at whatever step it is then."""
-    out = tmp_path / "run"
+    """By Ctrl-C within step 7, of which there is no checkpoint but the one that it makes."""
+    out, step = tmp_path / "run", Distiller._step
 
-    def interrupt() -> None:
-        while not (out / "fit" / "1-distil" / "step-00000005").exists():
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(self: Any, *args: Any) -> Any:
+        if self.progress.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
 
-    other = threading.Thread(target=interrupt)
-    other.start()
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "_step", interrupted)
         assert run(*BASE, *LONG, "--out", out) == 130
-    finally:
-        other.join()
     said = capsys.readouterr().err
-    (step,) = re.findall(
-        r"interrupted; step (\d+) of 1-distil is kept in .*, and the same command goes on", said
-    )
-    assert 5 <= int(step) < 34 and not (out / "report.md").exists()
+    assert f"interrupted; step 7 of 1-distil is kept in {out}, and the same command goes on" in said
+    assert not (out / "report.md").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run(*BASE, *LONG, "--out", out) is None
     assert same(weights(out / "student"), whole)
@@ -732,6 +738,17 @@ def test_changed_files_do_not_go_on(finished: Path, tmp_path: Path) -> None:
     state = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**state, "processes": 2}))
     assert "is of a run of 2 processes, and these are 1" in run(*command)
+
+
+def test_what_a_batch_or_a_checkpoint_shows_is_told_by_a_name(finished: Path, tmp_path: Path) -> None:
+    command = ("--teacher", "teacher", "--data", "texts.txt", *FAST, "--steps", 2, "--out", tmp_path / "run")
+    got = run(*command, "--student-config", "heads.json", "--recipe", "tinybert")
+    assert "distill: recipe: attention scores are compared head by head: the student has" in got
+    shutil.copytree(finished, tmp_path / "copy")
+    (state,) = (tmp_path / "copy" / "run" / "fit" / "1-distil").glob("step-*/state.json")
+    state.write_text("{")
+    got = run(*of_two_steps(finished), "--out", tmp_path / "copy" / "run")
+    assert re.search(r"distill: out: .*step-00000002 can't be read", got), got
 
 
 def free_port() -> int:

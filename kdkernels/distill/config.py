@@ -156,8 +156,8 @@ class Config:
     )  # fmt: skip
 
     out: str = _option("", _T, "Folder of all that is written; a run that was interrupted goes on.", _SOME)
-    steps: int | None = _option(None, _T, "Optimizer steps, or", _COUNT)
-    epochs: int | None = _option(None, _T, "passes over the data.", _COUNT, shown="1 without steps")
+    steps: int | None = _option(None, _T, "Optimizer steps; or give epochs.", _COUNT)
+    epochs: int | None = _option(None, _T, "Passes over the data.", _COUNT, shown="1 without steps")
     batch_size: int = _option(
         8, _T, "Sequences of an optimizer step, over all processes and accumulation.", _COUNT
     )
@@ -173,7 +173,9 @@ class Config:
         "float32", _T, "In which is computed; the lower ones by autocast.",
         choices=("float32", "bfloat16", "float16"),
     )  # fmt: skip
-    device: str | None = _option(None, _T, "Where.", choices=("cpu", "cuda"), shown="cuda where there is one")
+    device: str | None = _option(
+        None, _T, "Where it runs.", choices=("cpu", "cuda"), shown="cuda where there is one"
+    )
     seed: int = _option(0, _T, "Of weights, of the order of the data, and of what is held out.", _WEIGHT)
     eval_every: int = _option(500, _T, "Steps between evaluations.", _COUNT, free=True)
     save_every: int = _option(500, _T, "Steps between checkpoints.", _COUNT, free=True)

@@ -57,8 +57,6 @@ class Figures:
     def _figures(self, step: Step) -> dict[str, float]:
         student, teacher = step.student.source, detached(step.teacher.source)
         counted = step.labels != IGNORE_INDEX
-        if step.mask is not None:
-            counted = counted & step.mask
         rows = counted.nonzero(as_tuple=True)
         total = max(len(rows[0]), 1)
         stored = isinstance(teacher, (TopK, Sampled))

@@ -177,14 +177,14 @@ def _fit(work: _Work, state: State, say: Callable[[str], None]) -> None:
     if not state.before:
         state.before = measured()
         work.write(state)
-    began = time.perf_counter()
+    began, folder = time.perf_counter(), Path(config.out) / states.FIT
     torch.manual_seed(config.seed + accelerator.process_index)  # of dropout and noise, which no two share
     try:
         with work.interruption:
             histories = plan.run(
                 batches(work.train, sampler=data.Shuffled(len(work.train), config.batch_size, config.seed)),
                 batches(held) if len(held) else None, steps=amount.steps,
-                folder=Path(config.out) / states.FIT, eval_every=config.eval_every,
+                folder=folder, eval_every=config.eval_every,
                 save_every=config.save_every, log_every=config.log_every, keep=config.keep,
                 progress=config.progress,
             )  # fmt: skip
@@ -193,6 +193,10 @@ def _fit(work: _Work, state: State, say: Callable[[str], None]) -> None:
             "batch_size", f"is {config.batch_size}, {amount.micro} at once, and more than the memory holds; "
             f"a larger accumulate takes fewer at once: {str(error).splitlines()[0]}",
         ) from error  # fmt: skip
+    except ValueError as error:  # what only a batch shows, or a checkpoint
+        if isinstance(error, CacheError):
+            raise ConfigError("cache", str(error)) from error
+        raise ConfigError("out" if str(folder) in str(error) else "recipe", str(error)) from error
     finally:
         state.seconds += time.perf_counter() - began
         work.write(state)
