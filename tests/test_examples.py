@@ -17,6 +17,7 @@ NEEDS = {
     "hf_trainer": ["transformers", "accelerate"],
     "cached_teacher": ["transformers", "accelerate"],
     "trl_gkd": ["trl"],
+    "fsdp": ["transformers", "accelerate"],
 }
 
 

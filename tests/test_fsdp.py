@@ -5,7 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ import pytest
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
+import test_hf_trainer as trainers
 import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator
@@ -52,6 +56,8 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+ROOT = Path(__file__).parent.parent
+DOCUMENT = (ROOT / "docs" / "data-parallel.md").read_text(encoding="utf-8")
 # Where head and embedding are one weight, neither is frozen without the other.
 CASES = [(layout, kind) for layout in LAYOUTS for kind in KINDS if kind == "all" or "tied" not in layout]
 
@@ -275,6 +281,34 @@ FITS: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 
+class Sharded(trainers.KD):
+    """A trainer of transformers that shards."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        emulated(self.accelerator)
+        self.is_fsdp_enabled = True
+
+
+def trainer_of(kind: Any, student: Any, teacher: Any, folder: str, batch: int, accumulate: int) -> Any:
+    options = trainers.arguments(folder, batch, accumulate, per_device_eval_batch_size=4)
+    return kind(
+        student, options, train_dataset=trainers.data(), eval_dataset=trainers.data(5), teacher=teacher,
+        temperature=trainers.T, soft_weight=trainers.SOFT, hard_weight=trainers.HARD,
+    )  # fmt: skip
+
+
+def trained(folder: str, accumulate: int) -> dict[str, Any]:
+    """Weights after two steps, figures of those and of an evaluation of rows that don't come out even."""
+    teacher = kd.hf.shard(trainers.llama(12, seed=5))
+    trainer = trainer_of(Sharded, trainers.llama(8), teacher, folder, 4 // accumulate, accumulate)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    found = {"rows": rows, "evaluation": trainer.evaluate()}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return {**found, "state": gathering.whole(trainer.model.state_dict())}
+
+
 def of_trainers(rank: int, folder: str) -> None:
     for name, run in FITS.items():
         torch.save(run(folder), f"{folder}/{name} {rank}")
@@ -283,6 +317,8 @@ def of_trainers(rank: int, folder: str) -> None:
         for steps in (2, 3):  # the rest of a fit that was interrupted
             two = fit(4, student=make(llama()), wrap=wrap, folder=f"{folder}/fit {name}", steps=steps)
         torch.save(two, f"{folder}/interrupted {name} {rank}")
+    for accumulate in (1, 4):
+        torch.save(trained(f"{folder}/trainer", accumulate), f"{folder}/trained {accumulate} {rank}")
     torch.save(several(by_hand, 4), f"{folder}/several {rank}")
     torch.save(refusals(), f"{folder}/refusals {rank}")
 
@@ -349,6 +385,17 @@ def of_teachers(rank: int, folder: str) -> None:
     torch.save(found, f"{folder}/teachers {rank}")
 
 
+def of_snippet(rank: int, folder: str) -> None:
+    """The document's, on a student and half of each batch."""
+    (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+    os.chdir(folder)
+    own = slice(4 * rank, 4 * rank + 4)
+    loader = [{name: x[own] for name, x in each.items()} for each in DataLoader(Rows(), 8)]
+    names: dict[str, Any] = {"student": llama(), "loader": loader}
+    exec(compile(code, "data-parallel.md", "exec"), names)
+    torch.save(gathering.whole(names["student"].state_dict()), f"{folder}/snippet {rank}")
+
+
 def process(rank: int, port: int, folder: str) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
@@ -359,8 +406,9 @@ def process(rank: int, port: int, folder: str) -> None:
     patience = datetime.timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=patience)
     warnings.filterwarnings("error", message=".*returned a view tensor.*")
-    for part in (of_heads, of_trainers, of_teachers):
+    for part in (of_heads, of_trainers, of_teachers, of_snippet):
         part(rank, folder)
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -478,6 +526,21 @@ def test_a_sharded_fit_is_resumed_and_exported(name: str, whole: str, folder: Pa
         assert torch.equal(x, found[key]), key
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_trainer_of_transformers_shards(accumulate: int, folder: Path, tmp_path: Path) -> None:
+    rows = trainers.data()
+    wanted = trainers.eager([rows[:8], rows[8:]])
+    for rank in (0, 1):
+        found = torch.load(folder / f"trained {accumulate} {rank}", weights_only=False)
+        student = trainers.llama(8)
+        student.load_state_dict(found["state"])
+        trainers.close((trainers.weights(student), found["rows"]), wanted)
+        teacher = trainers.llama(12, seed=5)
+        evaluated = trainer_of(trainers.KD, student, teacher, str(tmp_path), 4, 1).evaluate()
+        for name in ("eval_loss", "eval_soft", "eval_hard"):
+            assert found["evaluation"][name] == pytest.approx(evaluated[name], rel=1e-4), name
+
+
 def test_several_sharded_students(folder: Path) -> None:
     wanted = several(lambda model: model, 8)
     for rank in (0, 1):
@@ -510,3 +573,54 @@ def test_folders_that_cannot_be_read_by_parts_are_named(folder: Path) -> None:
         "no class": "Another", "another shape": "lm_head.weight is",
     }.items():  # fmt: skip
         assert why in found[name] and "from_pretrained" in found[name]
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What a command prints; the launchers of this Python are found first."""
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    env = {
+        **os.environ, "PATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    ran = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout
+
+
+COMMANDS = [line.split() for line in re.findall(r"^.* examples/fsdp.py \d+$", DOCUMENT, re.M)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=[words[0] for words in COMMANDS])
+def test_the_documents_commands_run(command: list[str], tmp_path: Path) -> None:
+    """In two processes, which print once."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    option = ["--master-port"] if command[0] == "torchrun" else ["launch", "--main_process_port"]
+    found = run([command[0], *option, port, *command[len(option) :]], tmp_path)
+    losses = [float(x) for x in re.findall(r"2 processes, step \d+, loss ([\d.]+)", found)]
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    assert {words[0] for words in COMMANDS} == {"torchrun", "accelerate"}
+
+
+def test_the_documents_snippet_learns(folder: Path) -> None:
+    """What a plain loop learns of the same batches, of which each process had half."""
+    from transformers import AutoModelForCausalLM
+
+    student, teacher = llama(), AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    optimizer = torch.optim.AdamW(student.parameters())
+    for given in DataLoader(Rows(), 8):
+        labels = kd.shift_labels(given["labels"])
+        with torch.no_grad():
+            targets = kd.hf.head(teacher, **given)
+        loss = kd.kd_loss(
+            kd.hf.head(student, **given), targets, labels, mask=labels != -100, temperature=2.0,
+            hard_weight=0.1,
+        )  # fmt: skip
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for rank in (0, 1):
+        close(torch.load(folder / f"snippet {rank}"), student.state_dict(), 1e-6, 1e-7)
