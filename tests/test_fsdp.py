@@ -524,6 +524,9 @@ def test_a_sharded_fit_is_resumed_and_exported(name: str, whole: str, folder: Pa
     exported = AutoModelForCausalLM.from_pretrained(folder / f"fit {name}" / "exported")
     for key, x in exported.state_dict().items():
         assert torch.equal(x, found[key]), key
+    alone = fit(8, folder=folder / f"fit {name}")  # which goes on where two were, and they were done
+    for key in exported.state_dict():
+        assert torch.equal(alone[key], found[key]), key
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -38,11 +38,11 @@ class DistillMixin(_Trainer):
     """Makes a trainer distil: `class KD(hf.DistillMixin, Trainer)`, or `SFTTrainer`.
 
     Its loss is an objective instead of the model's own; everything else is the trainer's: data, accumulation,
-    mixed precision, processes, saving and resuming. Every term is a mean over all that the accumulated
+    mixed precision, processes, FSDP2, saving and resuming. Every term is a mean over all that the accumulated
     batches of all processes count (of each process alone without `average_tokens_across_devices`). Language
     models are asked for their heads, so that logits are not made. Every term is logged beside `loss`;
     `eval_loss` is a mean over items, and so are the terms' `eval_` figures. The teacher is frozen, in eval
-    mode, and as it was afterwards.
+    mode, and as it was afterwards; one that `kd.hf.shard` has shared out is taken as it is.
 
     Args:
         *args: Of the trainer.

@@ -64,7 +64,8 @@ class Distiller:
 
     Batches of an optimizer step are weighted by what they count, so that accumulation and several processes
     give the gradient of one big batch. Devices, data parallelism, mixed precision and trackers are
-    Accelerate's. Teachers run in eval mode and without gradients, and are left as they were.
+    Accelerate's; a model that is sharded already, by `fully_shard` or `kd.hf.shard`, is taken as it comes.
+    Teachers run in eval mode and without gradients, and are left as they were.
 
     Args:
         student: The model to train, or several by name.
