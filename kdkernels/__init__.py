@@ -17,6 +17,7 @@ from .sparse import Sampled, TopK
 
 if TYPE_CHECKING:
     from . import cache
+    from .auditing import audit
 
 __all__ = [
     "DKD",
@@ -36,6 +37,7 @@ __all__ = [
     "SkewReverseKL",
     "TopK",
     "VocabParallel",
+    "audit",
     "cache",
     "check_divergence",
     "explain",
@@ -50,7 +52,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`cache`, when it is asked for: who has no stored teacher needn't import it."""
+    """`cache` and `audit`, when they are asked for: who has no use for them needn't import them."""
+    if name == "audit":
+        return importlib.import_module(".auditing", __name__).audit
     if name != "cache":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return importlib.import_module(".cache", __name__)
