@@ -273,10 +273,9 @@ def explain(student: Source, teacher: Teacher, labels: Tensor | None = None, **o
             options[side] = replace(noise, seed=0)
     call = checked_call(student, teacher, labels, options, stats=False)
     if options["vocab_parallel"] is not None:
-        reasons: dict[str, str | None] = {name: parallel.WHOLE_ROWS for name in registry.BACKENDS}
-        reasons["reference"] = None
+        reasons = {name: parallel.reason(name, call) for name in registry.BACKENDS}
         plan = linear.plan_of(_job(call, options), True) if linear.is_linear(call) else None
-        return Explanation("reference", reasons, plan)
+        return Explanation(parallel.choose(options["backend"], call), reasons, plan)
     chosen = registry.choose(options["backend"], call)
     reasons = {b.name: registry.reason(b, call) for b in registry.BACKENDS.values()}
     if not linear.is_linear(call):
@@ -356,12 +355,8 @@ def _check_parallel(options: dict[str, Any]) -> None:
             "pad_vocab must be False with vocab_parallel: shards of unequal vocabularies are not of the same "
             "classes; slice the larger one before it is sharded"
         )
-    if options["backend"] not in (None, "reference"):
+    if options["backend"] is not None:
         _check_choice("backend", options["backend"], tuple(registry.BACKENDS))
-        raise RuntimeError(
-            f"backend={options['backend']!r} can't run this call: {parallel.WHOLE_ROWS}; backend=None picks "
-            "one that can"
-        )
 
 
 def _spec(
@@ -412,7 +407,7 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def _run(call: Call, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     heads, backend = linear.is_linear(call), options["backend"]
     if options["vocab_parallel"] is not None:
-        name = parallel.backend_name(options["vocab_parallel"], options["shards"])
+        name = parallel.backend_name(options["vocab_parallel"], options["shards"], backend)
         if torch.compiler.is_compiling():
             return ops.kd_heads(_job(call, options), name) if heads else ops.kd_loss(call, name)
         sharded = parallel.backend(name)

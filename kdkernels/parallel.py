@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from .backends import cpu, triton_
 from .caller import while_tracing
-from .shards import Exchange, Phases, Shard
+from .shards import Exchange, FusedPhases, Phases, Shard
 from .sources import Head, Logits, Mixture
 from .spec import Call
 
 _PREFIX = "vocab_parallel"
 _NUMBERS = itertools.count()
 WHOLE_ROWS = "its kernels take whole rows, and with vocab_parallel no process has one"
+# Those with phases, in their order of preference.
+_FUSED = {"cpu": cpu.BACKEND}
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,29 @@ def _group(name: str) -> dist.ProcessGroup:
     return resolve(name)
 
 
-def backend_name(parallel: VocabParallel, shards: tuple[int, ...]) -> str:
+def reason(name: str, call: Call) -> str | None:
+    """Why a backend of this name can't run a call on shards, or None where it can."""
+    if name == "reference":
+        return None
+    return _FUSED[name].shards(call) if name in _FUSED else WHOLE_ROWS
+
+
+def choose(name: str | None, call: Call) -> str:
+    """The backend whose phases a call has: the named one or an error, else the first that can."""
+    if name is None:
+        return next(b for b in (*_FUSED, "reference") if reason(b, call) is None)
+    if (why := reason(name, call)) is not None:
+        raise RuntimeError(
+            f"backend={name!r} can't run this call: {why}; backend=None picks one that can, and kd.explain "
+            "says which"
+        )
+    return name
+
+
+def backend_name(parallel: VocabParallel, shards: tuple[int, ...], phases: str | None) -> str:
     """What a graph knows a call's processes by; `backend` of the name is what it runs on."""
     sizes = ",".join(map(str, shards))
-    return f"{_PREFIX} {sizes} {int(parallel.reduce_hidden_grad)} {parallel.name}"
+    return f"{_PREFIX} {sizes} {int(parallel.reduce_hidden_grad)} {phases} {parallel.name}"
 
 
 @lru_cache(maxsize=256)
@@ -159,8 +180,10 @@ def backend(name: str | None) -> Sharded | None:
     """The backend of such a name; None for any other."""
     if name is None or not name.startswith(_PREFIX):
         return None
-    _, sizes, reduces, group = name.split(" ", 3)
-    return Sharded(group, tuple(map(int, sizes.split(","))), reduces == "1")
+    _, sizes, reduces, phases, group = name.split(" ", 4)
+    return Sharded(
+        group, tuple(map(int, sizes.split(","))), reduces == "1", None if phases == "None" else phases
+    )
 
 
 def from_first(x: Tensor, group: str) -> Tensor:
@@ -185,7 +208,10 @@ class Sharded:
     partial = True
     to_differentiate = "gather both sides, and call kd_loss on them without vocab_parallel"
 
-    def __init__(self, group: str, shards: tuple[int, ...], reduce_hidden_grad: bool) -> None:
+    def __init__(
+        self, group: str, shards: tuple[int, ...], reduce_hidden_grad: bool, phases: str | None
+    ) -> None:
+        self.phases = phases
         self.group, self.widest, self.reduces = _group(group), max(shards), reduce_hidden_grad
         self.shard = Shard(sum(shards[: self.group.rank()]), sum(shards))
         self._exchange = Exchange(
@@ -199,7 +225,7 @@ class Sharded:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The loss, the stats where the spec asks for them, and what is kept for backward."""
         with torch.no_grad(), torch.autocast(call.student.device.type, enabled=False):
-            phases = Phases(call, self.shard, self._exchange)
+            phases = self._phases(call)
             numbers = phases.run()
             loss, stats = phases.loss(numbers)
             kept = None
@@ -215,7 +241,7 @@ class Sharded:
         """The gradient alone, with the upstream factor before the one rounding; nothing is exchanged."""
         assert state is not None
         with torch.no_grad(), torch.autocast(call.student.device.type, enabled=False):
-            phases = Phases(call, self.shard, self._exchange)
+            phases = self._phases(call)
             return phases.gradient(phases.unpack(state), upstream, self._like(call.student, out))
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
@@ -236,6 +262,11 @@ class Sharded:
     def reduce_hidden(self, gradient: Tensor) -> Tensor:
         """The gradient of hidden states from all processes' parts of it."""
         return self._all_reduce(gradient, op=dist.ReduceOp.SUM) if self.reduces else gradient
+
+    def _phases(self, call: Call) -> Phases:
+        name = choose(self.phases, call)
+        given = call, self.shard, self._exchange
+        return Phases(*given) if name == "reference" else FusedPhases(*given, _FUSED[name])
 
     def _like(self, student: Tensor, out: Tensor | None) -> Tensor:
         return self.empty(student.shape, student.dtype, student.device) if out is None else out
@@ -274,8 +305,9 @@ def localised(student: Any, teacher: Any, labels: Any, options: dict[str, Any]) 
     `options` gets what this process has of its tensors, and the `vocab_parallel` that goes with it.
     """
     found: list[Any] = []
-    student = _local_source("student", student, found)
-    teacher = _local_source("teacher", teacher, found)
+    told = options["vocab_parallel"] is not None
+    student = _local_source("student", student, found, told)
+    teacher = _local_source("teacher", teacher, found, told)
     binary = isinstance(labels, Tensor) and labels.dtype.is_floating_point
     labels = _local("labels", labels, found, -1 if binary else None)
     for name in ("mask", "token_weights", "num_items"):
@@ -303,16 +335,24 @@ def localised(student: Any, teacher: Any, labels: Any, options: dict[str, Any]) 
     return student, teacher, labels
 
 
-def _local_source(name: str, source: Any, found: list[Any]) -> Any:
+def _local_source(name: str, source: Any, found: list[Any], told: bool) -> Any:
     if isinstance(source, Mixture):
         teachers = [
-            _local_source(f"teachers[{m}] of Mixture", t, found) for m, t in enumerate(source.teachers)
+            _local_source(f"teachers[{m}] of Mixture", t, found, told) for m, t in enumerate(source.teachers)
         ]
         return replace(source, teachers=teachers)
     if isinstance(source, Logits):
         return replace(source, z=_local(name, source.z, found, -1))
     if isinstance(source, Head):
         what = "of " + name + "'s kd.Head"
+        # FSDP shards a weight in the same way, and then each process has other hidden states.
+        if _is_dtensor(source.weight) and not (told or _is_dtensor(source.hidden)):
+            raise ValueError(
+                f"weight {what} is a DTensor, and its hidden states are this process's own: where every "
+                "process has the same ones and a part of the classes, pass vocab_parallel="
+                "kd.VocabParallel(group); a weight that FSDP shards is whole in kd.hf.head and within its "
+                "module's forward, and as weight.full_tensor()"
+            )
         return replace(
             source,
             hidden=_local(f"hidden {what}", source.hidden, found, None),

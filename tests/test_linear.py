@@ -623,6 +623,11 @@ def test_a_sharded_head_is_refused_with_the_remedy(tmp_path: Any) -> None:
         p.weight = distribute_tensor(p.weight.detach(), mesh, [Shard(0)])
         with pytest.raises(ValueError, match=r"weight of student's kd.Head is a DTensor.*full_tensor\(\)"):
             kd.kd_loss(p.student(), p.teacher())
+        with pytest.raises(ValueError, match=r"sharded over its classes.*full_tensor\(\)"):
+            wide = distribute_tensor(p.hidden.detach(), mesh, [Shard(1)])
+            kd.kd_loss(
+                kd.Head(wide, distribute_tensor(p.weight.full_tensor(), mesh, [Shard(1)])), p.teacher()
+            )
         loss = kd.kd_loss(kd.Head(p.hidden, p.weight.full_tensor(), p.bias), p.teacher())
         assert loss.isfinite()
     finally:

@@ -24,7 +24,7 @@
 #include <sys/mman.h>
 #endif
 
-#define KD_ABI 8
+#define KD_ABI 9
 #define KD_MAX_DIMS 8
 
 // ---------------------------------------------------------------------------------------------- the C interface
@@ -62,7 +62,7 @@ struct KdSide {
 
 // One call. Leading dimensions are common to all sides.
 struct KdCall {
-  int64_t mode;  // 0: loss; 1: loss and gradient; 2: gradient times upstream
+  int64_t mode;  // 0: loss; 1: loss and gradient; 2: gradient times upstream; 3 and 4: of shards, see Mode
   int64_t rows, classes, width;  // width: the gradient's classes; those from `classes` on get 0
   int64_t dims, shape[KD_MAX_DIMS];
   const int64_t* labels;   // [rows] or null
@@ -85,6 +85,7 @@ struct KdCall {
   const void* log_p;       // [rows, stored], of the loss's type, like the next two
   const void* rest;        // [rows], or null: nothing is said of the other classes
   const void* extra;       // [rows] or null
+  double* shard;           // [rows, kShardNumbers] where these are some of the classes of every row, or null
   KdSide side[];           // the student, the teachers, the targets
 };
 
@@ -162,7 +163,35 @@ KD_FN double kd_raise(double x) { return kd_exp(x); }
 
 namespace {
 
-enum Mode { kLoss, kLossAndGradient, kScaledGradient };
+// Of rows whose classes are shared out over processes: kShardSums finds the sums of these classes, and kShardTerms, from the
+// sums of all, phi and the sum of g: of these classes for a Pair, of all for a Cross. The gradient takes all of them.
+enum Mode { kLoss, kLossAndGradient, kScaledGradient, kShardSums, kShardTerms };
+
+KD_FN bool writes_gradient(int64_t mode) { return mode == kLossAndGradient || mode == kScaledGradient; }
+
+// What processes tell each other of a row: three sides, the cross sum, and raw logits of the label, 0 where another has
+// it. A label that another process has is >= classes.
+enum {
+  kShardZRef, kShardZSum, kShardVRef, kShardVSum, kShardOneRef, kShardOneSum, kShardCross, kShardSumG, kShardZLabel,
+  kShardVLabel, kShardPhi, kShardNumbers
+};
+
+KD_FN void put_sums(const RowState& row, double* to) {
+  to[kShardZRef] = row.z.ref;
+  to[kShardZSum] = row.z.sum;
+  to[kShardVRef] = row.v.ref;
+  to[kShardVSum] = row.v.sum;
+  to[kShardOneRef] = row.one.ref;
+  to[kShardOneSum] = row.one.sum;
+  to[kShardCross] = row.cross;
+}
+
+KD_FN void take_sums(const double* from, RowState& row) {
+  row.z = {from[kShardZRef], from[kShardZSum]};
+  row.v = {from[kShardVRef], from[kShardVSum]};
+  row.one = {from[kShardOneRef], from[kShardOneSum]};
+  row.cross = from[kShardCross];
+}
 
 // ------------------------------------------------------------------------------------------ a call
 
@@ -278,7 +307,7 @@ double* figures_of(const Job<R>& job, int64_t n) {
 template <class R>
 char* gradient_of(const Job<R>& job, int64_t n) {
   const KdCall& c = *job.c;
-  return c.mode == kLoss ? nullptr : (char*)c.gradient + n * c.width * type_size(c.side[0].type);
+  return writes_gradient(c.mode) ? (char*)c.gradient + n * c.width * type_size(c.side[0].type) : nullptr;
 }
 
 // Whether a row doesn't count: then all of it is 0.
@@ -339,8 +368,8 @@ void do_rows(int64_t first, int64_t last, void* context) {
   const double T = reads_teacher ? o.temperature : 1;
   Frame<R> f = frame_of<R>(o, c, T);
 
-  bool writes = c.mode != kLoss, mixes = reads_teacher && c.mixture;
-  bool keeps = plain ? kHard != kNoHard && !D::kBinary : writes || pair;
+  bool writes = writes_gradient(c.mode), mixes = reads_teacher && c.mixture;
+  bool keeps = plain ? kHard != kNoHard && !D::kBinary : writes || (pair && c.mode != kShardSums);
   Scratch<R> scratch;
   if (!scratch.allocate(c.classes, keeps, own, mixes, D::kBinary, writes && o.z_noise.kind == 2, c.teachers)) {
     __atomic_store_n(&job.failed, true, __ATOMIC_RELAXED);
@@ -379,7 +408,7 @@ void do_rows(int64_t first, int64_t last, void* context) {
     // The student's logit of the label, and both sides with it.
     double at_label = 0;
     const Frame<R> whole = f;
-    if (label >= 0) {
+    if (label >= 0 && label < c.classes) {
       R one[1];
       at_label = (double)*read(f.z, label, 1, one);
     }
@@ -426,14 +455,30 @@ void do_rows(int64_t first, int64_t last, void* context) {
     } else {
       Target about{};
       if constexpr (D::kTarget) f.z.excluded = f.v.excluded = label;
-      if (writes || pair)
+      double* shard = c.shard ? c.shard + n * kShardNumbers : nullptr;
+      if (keeps)
         normalise<R, typename D::Reads, own, true>(f, row, kept);
-      else
+      else if (c.mode != kShardTerms)
         normalise<R, typename D::Reads, own, false>(f, row, kept);
-      Side all = row.z;
+      double v_at_label = 0;
       if constexpr (D::kTarget) {
         R one[1];
-        about = target_of(row, at_label * (double)f.cz, (double)*read(whole.v, label, 1, one) * (double)f.cv);
+        if (label < c.classes) v_at_label = (double)*read(whole.v, label, 1, one);
+      }
+      if (c.mode == kShardSums) {
+        put_sums(row, shard);
+        shard[kShardZLabel] = at_label;
+        shard[kShardVLabel] = v_at_label;
+        continue;
+      }
+      if (shard) {
+        take_sums(shard, row);
+        at_label = shard[kShardZLabel];
+        v_at_label = shard[kShardVLabel];
+      }
+      Side all = row.z;
+      if constexpr (D::kTarget) {
+        about = target_of(row, at_label * (double)f.cz, v_at_label * (double)f.cv);
         include(all, about.y);
         if (own) include(row.one, at_label * (double)f.one);
       }
@@ -444,6 +489,12 @@ void do_rows(int64_t first, int64_t last, void* context) {
         soft = closed_form<R, D>(d, row);
       if constexpr (D::kTarget) soft += d.alpha == 0 ? 0 : d.alpha * about.phi;
       f.z.excluded = -1;
+      if (c.mode == kShardTerms) {
+        shard[kShardPhi] = soft;
+        shard[kShardSumG] = row.sum_g;
+        continue;
+      }
+      if (shard) row.sum_g = shard[kShardSumG];
       if (o.stats && figures) {
         RowState softmax = row;
         if constexpr (D::kTarget) {
@@ -548,17 +599,17 @@ int64_t run(const KdOptions& o, const KdCall& c) {
     if (needs_label && !is_labelled(o, c, n)) return n;
     if (!is_labelled(o, c, n)) continue;
     ++labelled;
-    if (uses_labels && (c.labels[n] < 0 || c.labels[n] >= c.classes)) return n;
+    if (uses_labels && !c.shard && (c.labels[n] < 0 || c.labels[n] >= c.classes)) return n;
   }
   if (c.targets) labelled = counted;
   Job<R> job{&o, &c, 1, nullptr, o.stats ? kRowFigures : 1, false, false, uses_labels, c.rows, nullptr};
   if (c.ids) job.stored_terms = stored_terms_of(with_parameters((int)o.divergence, o.params));
   double items = counted == 0 ? 1 : c.num_items >= 0 ? c.num_items : (double)counted;
   if (o.reduction == 0) job.denominator = items;
-  int64_t gradient_bytes = c.mode == kLoss ? 0 : c.rows * c.width * type_size(c.side[0].type);
+  int64_t gradient_bytes = writes_gradient(c.mode) ? c.rows * c.width * type_size(c.side[0].type) : 0;
   job.past_cache = gradient_bytes >= o.stream_bytes;
   if (gradient_bytes >= o.huge_bytes) ask_for_huge_pages(c.gradient, gradient_bytes);
-  if (c.mode != kScaledGradient) {
+  if (c.mode == kLoss || c.mode == kLossAndGradient) {
     job.rows = (double*)malloc(sizeof(double) * (c.rows * job.figures + 1));
     if (!job.rows) return kd_no_memory;
   }

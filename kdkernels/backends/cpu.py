@@ -22,9 +22,9 @@ from ..stored import floats_of, lse_at
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
 # Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
-_ABI = 8
+_ABI = 9
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2}
+_MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2, "shard_sums": 3, "shard_terms": 4}
 _MAX_DIMS = 8
 # After n dimensions, the zeros that fill the record up.
 _PADDING = tuple((0,) * (_MAX_DIMS - n) for n in range(_MAX_DIMS + 1))
@@ -32,10 +32,14 @@ _OK, _NO_MEMORY = -1, -2
 
 # KdOptions, KdCall and KdSide of kd_cpu.cpp, field by field.
 _OPTIONS = struct.Struct("=q 4d 4d 2q 2d 3q2d 3q2d q 3q")
-_CALL = struct.Struct("=q 3q q8q 3q d 6q 2q 2q 2q 5q")
+_CALL = struct.Struct("=q 3q q8q 3q d 6q 2q 2q 2q 5q q")
 _SIDE = struct.Struct("=3q 8q 2d")
 # KdStored.
 _STORED = struct.Struct("=3q 3q d q 3q 3q q q q 3q q q")
+# What processes tell each other of a row, kShardZRef and so on.
+SHARD_NUMBERS = (
+    "z_ref", "z_sum", "v_ref", "v_sum", "one_ref", "one_sum", "cross", "sum_g", "z_target", "v_target", "phi"
+)  # fmt: skip
 
 
 class CpuBackend:
@@ -97,6 +101,38 @@ class CpuBackend:
         gradient = _empty_like(call.student, out)
         self._run("scaled_gradient", call, gradient=gradient, upstream=upstream)
         return gradient
+
+    def shards(self, call: Call) -> str | None:
+        """None where it has phases for such a call on shards of a vocabulary, else why not."""
+        spec = call.spec
+        why = self.available(call.student.device) or self.knows(spec.divergence)
+        if why is not None:
+            return why
+        if spec.row.normaliser != "softmax" or call.sparse is not None or spec.soft_weight == 0:
+            return "its phases are of two softmaxes"
+        if call.mixture is not None or spec.student_noise or spec.teacher_noise or spec.stats:
+            return "its phases have no mixtures, noise and stats"
+        return None
+
+    def cross(self, divergence: str) -> tuple[float, float]:
+        """What its cross sum has of the weighing side's logits, and of the other's."""
+        return (0.0, 1.0) if divergence == "soft_cross_entropy" else (1.0, -1.0)
+
+    def shard_sums(self, call: Call) -> Tensor:
+        """The sums of each row over this process's classes, float64 `[N, SHARD_NUMBERS]`."""
+        state = torch.zeros(call.student.shape[:-1].numel(), len(SHARD_NUMBERS), dtype=torch.float64)
+        self._run("shard_sums", call, shard=state)
+        return state
+
+    def shard_terms(self, call: Call, state: Tensor) -> Tensor:
+        """From the sums of all classes, phi and the sum of g, into `state`: of all of them in closed form."""
+        self._run("shard_terms", call, shard=state)
+        return state
+
+    def shard_gradient(self, upstream: Tensor, call: Call, state: Tensor, out: Tensor) -> Tensor:
+        """The gradient of this process's logits, from the numbers of all classes."""
+        self._run("scaled_gradient", call, gradient=out, upstream=upstream, shard=state)
+        return out
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
         """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""
@@ -180,6 +216,7 @@ class CpuBackend:
         loss: Tensor | None = None,
         stats: Tensor | None = None,
         upstream: Tensor | None = None,
+        shard: Tensor | None = None,
     ) -> None:
         library = self._library
         student, teachers, mixture, labels, mask, token_weights, num_items, z_seed, v_seed = call[:9]
@@ -206,7 +243,7 @@ class CpuBackend:
             library.parallel_for, 0 if z_seed is None else int(z_seed), 0 if v_seed is None else int(v_seed),
             _pointer(mixture), 0 if mixture is None or mixture.dim() == 1 else len(teachers),
             targets is not None, len(teachers),
-            *((0,) * 5 if stored is None else _stored(stored)),
+            *((0,) * 5 if stored is None else _stored(stored)), _pointer(shard),
         ) + b"".join(
             _SIDE.pack(x.data_ptr(), _TYPES[x.dtype], x.stride(-1), *steps, *padding, *options)
             for x, steps, options in zip(sides, strides, processing, strict=False)
