@@ -14,6 +14,7 @@ BENCHMARKS = {
     "hf": "a step of a transformers trainer beside the loss written by hand: time, peak memory",
     "fsdp": "a frozen teacher shared out over processes: peak memory of each beside that of a whole one",
     "parallel": "a vocabulary shared out over processes: what they send, time beside whole rows",
+    "audit": "scorecards of distillation losses against fp64 truth: ours, eager spellings, libraries'",
     "cache": "a cached teacher: bytes a token, what they lose, writing, random reads, a trainer's input wait",
     "solver": "one distribution from a generalist and 20 specialists: time, agreement with descent",
     "strategies": "every strategy of the literature beside its control: differences over seeds, verdicts",

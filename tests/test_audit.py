@@ -18,6 +18,9 @@ from broken_losses import BROKEN, Broken
 from torch import Tensor
 
 import kdkernels as kd
+from benchmarks import audit_losses
+from benchmarks.audit import main as benchmark
+from benchmarks.audit import summary
 from benchmarks.eager import SPELLINGS
 from kdkernels import audit_cli
 from kdkernels.auditing import Audit, Line
@@ -282,6 +285,10 @@ def has_no_gradient(z: Tensor, v: Tensor) -> Tensor:
     return kd.kd_loss(z.detach(), v)
 
 
+def exits(z: Tensor, v: Tensor) -> Tensor:
+    sys.exit("enough")
+
+
 def raises_in_backward(z: Tensor, v: Tensor) -> Tensor:
     def refuse(gradient: Tensor) -> Tensor:
         raise RuntimeError("not backwards")
@@ -304,7 +311,7 @@ def is_constant(z: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "loss",
-    [nothing, raises, is_nan, has_no_gradient, raises_in_backward, raises_now_and_then, is_constant],
+    [nothing, raises, exits, is_nan, has_no_gradient, raises_in_backward, raises_now_and_then, is_constant],
 )
 def test_nothing_that_a_loss_does_ends_the_audit(loss: Callable[..., Any]) -> None:
     scorecard = kd.audit(loss)
@@ -452,6 +459,39 @@ def test_the_package_imports_no_audit() -> None:
     code = "import sys, kdkernels; print(any('auditing' in name for name in sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+def test_the_benchmark_writes_scorecards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of ours and of eager spellings; libraries are where they are installed."""
+    found = [
+        each for each in (*audit_losses.ours("cpu"), *audit_losses.spellings()) if "forward_kl" in each.name
+    ]
+    assert {each.file for each in found} >= {"kd_loss-reference", "eager"}
+    assert benchmark(["--only", "eager", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "eager.md").read_text(encoding="utf-8")
+    assert f"torch {torch.__version__}" in text and "## F.kl_div in one line" in text
+    assert "| **WRONG** | limits: −inf logits on both sides |" in text
+    assert not (tmp_path / "README.md").exists()
+    assert "F.kl_div in one line: " in capsys.readouterr().out
+    cards = [(each, kd.audit(each.loss, name=each.name, **each.tells)) for each in found[:1]]
+    table = summary(cards, {"trl": "not installed"}, [], "cpu")
+    assert "- trl: not installed." in table and table.endswith("## WRONG\n\nNothing.\n")
+
+
+def test_the_head_makes_the_logits_to_the_bit() -> None:
+    z = torch.randn(3, 7)
+    z[:, 2] = -torch.inf
+    x, weight, bias = audit_losses.head(z)
+    assert bias is not None and torch.equal(F.linear(x, weight, bias), z)
+    assert audit_losses.head(z[:, :2])[2] is None
+
+
+def test_committed_scorecards_say_nothing_wrong_of_ours() -> None:
+    files = list((ROOT / "benchmarks" / "results" / "audit").glob("kd_loss-*.md"))
+    assert files
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n## ") >= 10 and "WRONG" not in text, file.name
 
 
 def test_the_document_runs_and_shows_what_it_prints() -> None:

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,12 +92,11 @@ class Adapter:
         if not exposed:
             z, v = z.clone(), v.clone()
         sides = [_as(kind, x) for kind, x in ((self.student, z), (self.teacher, v))]
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             try:
                 out = self.loss_fn(*sides, **arguments)
-            except Exception as error:  # anyone's code: whatever it raises is a finding
-                raise Refused(_told(error)) from error
+            except (Exception, SystemExit) as error:  # anyone's code: whatever it raises is a finding
+                raise Refused(told(error)) from error
         while isinstance(out, tuple | list) and out:
             out = out[0]
         out = getattr(out, "loss", out)
@@ -125,6 +124,14 @@ class Adapter:
         return f"loss({self.student}, {self.teacher}){extra} on {shape}{shift}"
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, nothing is printed and nobody is warned."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _as(kind: str, logits: Tensor) -> Tensor:
     if kind == "logits":
         return logits
@@ -137,7 +144,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _told(error: Exception) -> str:
+def told(error: BaseException) -> str:
+    """An exception in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
 

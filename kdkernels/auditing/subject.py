@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Refused, _told
+from .adapter import Adapter, Refused, quiet, told
 from .identify import Model, logits
 
 
@@ -92,9 +92,10 @@ class Subject:
         if not loss.requires_grad:
             raise Refused("gave back a loss without a gradient")
         try:
-            (grad,) = torch.autograd.grad(loss, leaf, upstream(loss), allow_unused=True)
+            with quiet():
+                (grad,) = torch.autograd.grad(loss, leaf, upstream(loss), allow_unused=True)
         except Exception as error:  # its own backward may raise anything
-            raise Refused(f"in backward {_told(error)}") from error
+            raise Refused(f"in backward {told(error)}") from error
         return Outcome(loss.detach(), torch.zeros_like(leaf) if grad is None else grad)
 
     def weight(self, rows: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -131,7 +132,11 @@ def _padded(subject: Subject) -> Line:
 
     def padding(value: float) -> float:
         more = torch.full((4, 3), value, dtype=z.dtype, device=z.device)
-        return float(subject.truth(torch.cat([z, more], 1), v, labels).loss)
+        padded = torch.cat([z, more], 1)
+        # The soft term has the teacher's classes; the hard one may be of the student's own.
+        soft = replace(model, hard=0.0).rows(padded, v, labels)
+        hard = replace(model, factors=tuple(0.0 for _ in model.factors)).rows(z, z, labels)
+        return float((soft + hard).sum() * subject.weight(len(z)))
 
     cut = float(subject.truth(z, v[:, :CLASSES], labels).loss)
     for what, exact, right in (

@@ -101,15 +101,18 @@ def _compare(subject: Subject, about: str, z: Tensor, v: Tensor, labels: Tensor)
         return Line(
             CHECK, about, f"the loss is {loss_off:.1g} off {limit}", RIGHT if loss_off < LOSS else WRONG
         )
-    smallest = 1e-3 * torch.ones_like(exact.grad).norm() / len(z)
-    grad_off = float((got.grad.double() - exact.grad).norm() / exact.grad.norm().clamp_min(float(smallest)))
-    words = f"loss {loss_off:.1g} off {limit}, gradient {grad_off:.1g} off, relative"
-    # An exponent is rounded relative to its logit: at 10,000 fp32 has three digits of a probability.
+    # An exponent is rounded relative to its logit: at 10,000 fp32 has three digits of a probability. Where a
+    # gradient is far below an ordinary one, no digits of it are asked for.
     largest = max(float(x[x.isfinite()].abs().max()) for x in (z, v))
     rounding = 4 * 2.0**-24 * largest * max(map(abs, (*model.factors, model.hard)))
+    ordinary = subject.weight(len(z)) * len(z) ** 0.5
+    size = max(float(exact.grad.norm()), 1e-3 * ordinary)
+    grad_error = float((got.grad.double() - exact.grad).norm())
+    grad_off = grad_error / size
+    words = f"loss {loss_off:.1g} off {limit}, gradient {grad_off:.1g} off, relative"
     near = model.off / 1e-5 if model.near else 0.0
     right = loss_off < LOSS * (1 + near) + rounding / scale
-    right = right and grad_off < GRADIENT * (1 + near) + 4 * 2.0**-24 * largest
+    right = right and grad_error < GRADIENT * (1 + near) * size + rounding * ordinary
     if not right and not exact.grad.any() and got.grad.any():
         words = (
             f"loss {loss:.4g} where it is {limit}, a gradient of {float(got.grad.norm()):.3g} where it is 0"

@@ -47,7 +47,8 @@ def _compare(subject: Subject, about: str, dtype: torch.dtype) -> Line:
     size = exact.norm()
     error, least = (float((x.double() - exact).norm() / size) for x in (got, careful))
     ratio = error / least if least else float("inf")
-    words = f"{error:.2g} of its norm off fp64, {ratio:.3g} × a careful loss's {least:.2g}"
+    at = f" at T = {T:g}" if given else ""
+    words = f"{error:.2g} of its norm off fp64{at}, {ratio:.3g} × a careful loss's {least:.2g}"
     if not error == error:
         return Line(CHECK, about, "NaN", WRONG)
     if ratio > TIMES and error > BEYOND[dtype]:
