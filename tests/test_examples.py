@@ -18,6 +18,7 @@ NEEDS = {
     "cached_teacher": ["transformers", "accelerate"],
     "trl_gkd": ["trl"],
     "fsdp": ["transformers", "accelerate"],
+    "vocab_parallel": ["transformers"],
 }
 
 

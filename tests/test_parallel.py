@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import parallel_processes
 import pytest
+import torch
 import torch.multiprocessing as mp
 
 import kdkernels as kd
 
 WORLDS = (2, 3)
+ROOT = Path(__file__).parent.parent
+DOCUMENT = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
 
 
 def of_processes(world: int, folder: Path) -> list[dict[str, str | None]]:
@@ -37,3 +45,35 @@ def test_shards_give_what_whole_rows_give(case: str, found: list[dict[str, str |
 def test_without_processes_there_is_no_group() -> None:
     with pytest.raises(RuntimeError, match="init_process_group first"):
         kd.VocabParallel()
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Any:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_the_documents_snippets_run(alone: None) -> None:
+    """One after the other, in a world of one process."""
+    names: dict[str, Any] = {}
+    snippets = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+    assert len(snippets) >= 2
+    for code in snippets:
+        exec(compile(code, "parallel.md", "exec"), names)
+    assert names["hidden"].grad.isfinite().all() and names["logits"].grad.isfinite().all()
+
+
+def test_the_documents_command_gives_what_one_process_does(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (command,) = re.findall(r"```bash\n(torchrun .*)\n```", DOCUMENT)
+    *launcher, script, _ = command.split()
+    said = []
+    for words in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", *launcher[1:]]):
+        ran = subprocess.run(
+            [*words, str(ROOT / script), "4"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        said.append(re.findall(r"process 0 of \d, step \d, loss (\d+\.\d+)", ran.stdout))
+    assert len(said[0]) == 4 and said[0] == said[1]
