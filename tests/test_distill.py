@@ -471,6 +471,9 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"teacher": [], "cache": "cache", "data": [], "eval_data": "other.txt"}, "eval_data: must be left out"),
     ({"batch_size": 1000}, "batch_size: must be at most the \\d+ sequences of data, got 1000"),
     ({"batch_size": 5, "accumulate": 2}, "batch_size: must be a multiple of 1 processes"),
+    ({"shard_teacher": True}, "shard_teacher: needs several processes, as under torchrun, got 1"),
+    ({"shard_teacher": True, "teacher": [], "cache": "cache"}, "shard_teacher: needs a teacher that is a"),
+    ({"shard_teacher": True, "student": None, "student_layers": 1}, "shard_teacher: can't be with"),
     ({"out": "texts.txt"}, "out: must be a folder, and texts.txt is a file"),
     ({"out": "teacher"}, "out: must be a folder of a run, or a new one, and teacher has other files"),
 ]  # fmt: skip
@@ -777,6 +780,29 @@ def test_two_processes_do_what_one_does(
     for name, x in whole.items():
         torch.testing.assert_close(found[name], x, rtol=1e-5, atol=1e-6)
     assert "in 2 processes" in (out / "report.md").read_text()
+
+
+def test_a_teacher_in_parts_teaches_the_same(folders: Path, tmp_path: Path) -> None:
+    """Two processes with half of it each, one with a batch more to evaluate, and two with all of it."""
+    (tmp_path / "held.txt").write_text("".join(f"held out text {n}\n" for n in range(5)))
+    found = []
+    for more in ([], ["--shard-teacher"]):
+        out = tmp_path / f"run{len(found)}"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+            free_port(), "-m", "kdkernels", "distill", "--teacher", "teacher", "--student-config",
+            "student.json", "--data", "texts.txt", "--eval-data", tmp_path / "held.txt", "--steps", 3,
+            "--batch-size", 2, "--device", "cpu", "--out", out, *more,
+        ]  # fmt: skip
+        done = subprocess.run(
+            [*map(str, command)], cwd=folders, capture_output=True, text=True, timeout=200, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(kd.__file__).parents[1])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append((weights(out / "student"), re.findall(r"\| student after.*", done.stdout)))
+    assert found[0][1] and found[0][1] == found[1][1]
+    for name, x in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], x, rtol=1e-5, atol=1e-6)
 
 
 # What is said beforehand

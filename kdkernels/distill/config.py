@@ -82,6 +82,9 @@ class Config:
     )
     dtype: str = _option("float32", _M, "Of the student's weights; auto, as they were saved.", choices=DTYPES)
     teacher_dtype: str = _option("auto", _M, "Of the teacher's.", choices=DTYPES)
+    shard_teacher: bool = _option(
+        False, _M, "Of several processes each reads and keeps a part of the teacher (FSDP2).", free=True
+    )
 
     data: list[str] = _option(
         [], _D, "A .txt, a text for each line, or .jsonl.", shown="the cache's own sequences"
@@ -210,6 +213,14 @@ class Config:
             raise ConfigError(
                 "student_layers",
                 f"are copied from one teacher, got {len(self.teacher)}: give student or student_config",
+            )
+        if self.shard_teacher and not self.teacher:
+            raise ConfigError("shard_teacher", "needs a teacher that is a model, and a cache is none")
+        if self.shard_teacher and self.student_layers is not None:
+            raise ConfigError(
+                "shard_teacher",
+                "can't be with student_layers, which are copied from a whole teacher: give student or "
+                "student_config",
             )
         if self.teacher_weights is not None and len(self.teacher_weights) != len(self.teacher):
             raise ConfigError(

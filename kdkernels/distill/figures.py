@@ -11,13 +11,14 @@ from torch import Tensor
 
 from ..functional import kd_loss
 from ..models.calls import IGNORE_INDEX
+from ..models.gathering import together
 from ..sources import Head, Mixture
 from ..sparse import Sampled, TopK
 from ..train.objective import Objective, Progress, Step, count
 from ..train.outputs import Adaptor, Batch, detached
 from ..train.passes import Passes, counts
 from ..train.records import Means
-from ..train.teachers import as_teacher
+from ..train.teachers import as_teacher, modules_of
 from ..train.terms import HardLabels, SoftTargets
 
 # Rows whose logits exist together, which are then float32: 128 MB at 128,000 classes.
@@ -135,15 +136,17 @@ def evaluate(
     passes = Passes({"student": student}, {"student": student}, {"teacher": as_teacher(teacher)}, [], adaptor)
     means = Means()
     with passes.open(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for raw in batches:
+        # A teacher in parts is asked by all processes as often.
+        for raw, own in together(batches, [student, *modules_of(teacher)]):
+            into = means if own else Means()
             given = passes.given([{name: x.to(device) for name, x in raw.items()}])
             (step,) = passes.steps(given, (), Progress(), counts(given, objective.counted))
             n = float(count(step.batch, "items"))
             for name, value in figures(step).items():
-                means.add(name, value, n)
+                into.add(name, value, n)
             for name, (part, _) in objective.parts(step).items() if plain else ():
                 weight = float(count(step.batch, terms[name].over))
-                means.add(("loss", name), 0.0 if part is None else float(part), weight)
+                into.add(("loss", name), 0.0 if part is None else float(part), weight)
     row: dict[str, float] = {}
     for name, value in means.over(processes).items():
         key = name if isinstance(name, str) else name[0]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from ..cache import CacheError, TeacherCache
 from ..cache.folder import check_packages, fingerprint, model_of, tokenizer_of
+from ..models.sharding import shard
 from ..models.tokenizers import vocabulary_hash
 from ..train.recipes import copy_layers
 from .config import Config, ConfigError
@@ -71,7 +73,8 @@ def loaded(config: Config, outline: Sides, device: torch.device) -> Sides:
         teachers = []
         for path in config.teacher:
             with named(teacher="teacher", device="device"):
-                teachers.append(model_of(Path(path), str(device), config.teacher_dtype))
+                read = _shard if config.shard_teacher else model_of
+                teachers.append(read(Path(path), str(device), config.teacher_dtype))
     if config.student is not None:
         with named(teacher="student"):
             student = model_of(Path(config.student), "cpu", config.dtype)
@@ -84,6 +87,16 @@ def loaded(config: Config, outline: Sides, device: torch.device) -> Sides:
                 raise ConfigError("student_layers", f"can't be copied: {error}") from error
     student.train().requires_grad_(True)
     return Sides(student, teachers, outline.tokenizer, outline.tokenizer_from)
+
+
+def _shard(folder: Path, device: str, dtype: str) -> Any:
+    """A teacher of which each process has a part."""
+    kind = torch.device(device).type
+    mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
+    try:
+        return shard(folder, mesh, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    except ValueError as error:
+        raise ConfigError("shard_teacher", str(error)) from error
 
 
 def longest(config: Config, sides: Sides) -> int:

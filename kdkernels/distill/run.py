@@ -138,6 +138,8 @@ def run(config: Config, say: Callable[[str], None], dry: bool = False) -> None:
         raise ConfigError("device", "must be cpu here, where torch sees no CUDA device, got 'cuda'")
     resumes = states.check_options(config)
     accelerator = _accelerator(config)
+    if config.shard_teacher and accelerator.num_processes == 1:
+        raise ConfigError("shard_teacher", "needs several processes, as under torchrun, got 1")
     outline = models.outlined(config)
     longest = models.longest(config, outline)
     train, held = _data(config, outline, longest, accelerator.num_processes, say)
