@@ -25,26 +25,37 @@ def main(arguments: list[str]) -> int:
     """Examines, writes, and returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks audit", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", help="files whose names have this in them, such as trl")
+    parser.add_argument("--only", help="those of which file or name has this in it, such as trl")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     losses, missing = all_of_them(options.device)
-    losses = [each for each in losses if not options.only or options.only in each.file]
-    found = []
-    for number, each in enumerate(losses, 1):
-        print(f"{number}/{len(losses)} {each.name}", end=": ", flush=True)
-        scorecard = kd.audit(each.loss, name=each.name, device=options.device, **each.tells)
-        print(", ".join(f"{n} {verdict}" for verdict, n in scorecard.counts.items() if n))
-        found.append((each, scorecard))
-    options.out.mkdir(parents=True, exist_ok=True)
-    for file in dict.fromkeys(each.file for each, _ in found):
-        text = page(file, [(each, card) for each, card in found if each.file == file], options.device)
-        (options.out / f"{file}.md").write_text(text, encoding="utf-8")
+    losses = [each for each in losses if not options.only or options.only in f"{each.file} {each.name}"]
+    found = examined(losses, options.device)
+    write(options.out, found, options.device)
     if not options.only:
         text = summary(found, missing, arguments, options.device)
         (options.out / "README.md").write_text(text, encoding="utf-8")
     return int(any(not card.ok for each, card in found if each.file.startswith("kd_loss")))
+
+
+def examined(losses: list[Examined], device: str) -> list[tuple[Examined, Audit]]:
+    """Each with its scorecard; says how it went."""
+    found = []
+    for number, each in enumerate(losses, 1):
+        print(f"{number}/{len(losses)} {each.name}", end=": ", flush=True)
+        scorecard = kd.audit(each.loss, name=each.name, device=device, **each.tells)
+        print(", ".join(f"{n} {verdict}" for verdict, n in scorecard.counts.items() if n))
+        found.append((each, scorecard))
+    return found
+
+
+def write(out: Path, found: list[tuple[Examined, Audit]], device: str) -> None:
+    """A file for those that stand together."""
+    out.mkdir(parents=True, exist_ok=True)
+    for file in dict.fromkeys(each.file for each, _ in found):
+        text = page(file, [(each, card) for each, card in found if each.file == file], device)
+        (out / f"{file}.md").write_text(text, encoding="utf-8")
 
 
 def versions(device: str) -> str:

@@ -173,6 +173,11 @@ def log_target_without_logs(z: Tensor, v: Tensor) -> Tensor:
     return F.kl_div(_logs(z), _logs(v).exp(), reduction="batchmean", log_target=True)
 
 
+def logits_for_log_probabilities(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """F.kl_div takes logs of probabilities, and logits are none."""
+    return F.kl_div(student_logits, teacher_logits.softmax(-1), reduction="batchmean")
+
+
 def teacher_is_taught(z: Tensor, v: Tensor) -> Tensor:
     """One gradient for both sides: that of the student."""
     return _OwnBackward.apply(z, v, 1.0, "for the teacher")
@@ -308,6 +313,16 @@ BROKEN: tuple[Broken, ...] = (
     Broken(never_shifts, {"whose work shifting them is": "row t has label t; it says"}, {"shift": "inside"}),
     Broken(wrong_sign, {"which it is": "of the wrong sign"}),
     Broken(log_target_without_logs, {"least where both are the same": "the gradient is"}),
+    Broken(
+        logits_for_log_probabilities,
+        {
+            "which it is": "none that is known",
+            "least where both are the same": "the gradient is",
+            "a constant added to the student": "changes the loss",
+        },
+        {"divergence": "forward_kl"},
+        also=ANYTHING,
+    ),
     Broken(teacher_is_taught, {"a teacher that requires grad": "a gradient that is not the loss's"}),
     Broken(
         teacher_is_not_detached,

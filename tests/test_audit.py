@@ -19,8 +19,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from benchmarks import audit_losses
-from benchmarks.audit import main as benchmark
-from benchmarks.audit import summary
+from benchmarks.audit import examined, summary, write
 from benchmarks.eager import SPELLINGS
 from kdkernels import audit_cli
 from kdkernels.auditing import Audit, Line
@@ -213,6 +212,65 @@ def test_no_t_squared_is_a_convention() -> None:
     assert "temperature=tau" in scorecard.called
 
 
+def smoothed(z: Tensor, v: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * kd.kd_loss(z, v) + 2.0 * F.cross_entropy(z, y, label_smoothing=0.1)
+
+
+def softened(z: Tensor, v: Tensor) -> Tensor:
+    return kd.kd_loss(z, v, temperature=2.0)
+
+
+def mean_squares(z: Tensor, v: Tensor) -> Tensor:
+    return F.mse_loss(z.softmax(-1), v.softmax(-1))
+
+
+def both_ways(z: Tensor, v: Tensor) -> Tensor:
+    return 0.7 * kd.kd_loss(z, v) + 0.3 * kd.kd_loss(z, v, divergence="reverse_kl")
+
+
+@pytest.mark.parametrize(
+    ("loss", "words", "verdict"),
+    [
+        (smoothed, "0.5 × forward KL(p‖q), and 2 × cross-entropy with the label, smoothed by 0.1", "right"),
+        (softened, "T² × forward KL(p‖q), student's logits divided by 2 and teacher's by 2", "right"),
+        (mean_squares, "2 × squared error ½‖p − q‖², divided by the number of classes", "convention"),
+        (both_ways, "mixture of forward and reverse KL, weights 0.7 and 0.3", "convention"),
+    ],
+)
+def test_what_else_is_recognised(loss: Callable[..., Tensor], words: str, verdict: str) -> None:
+    scorecard = kd.audit(loss, ignore_index=None)
+    assert scorecard.ok, wrong(scorecard)
+    found = line(scorecard, "which it is")
+    assert (found.found, found.verdict) == (words, verdict)
+
+
+def test_a_divergence_of_one_s_own_is_not_called_wrong() -> None:
+    """Nor are its limits, which nobody knows."""
+
+    def cosine(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return (1 - F.cosine_similarity(student_logits, teacher_logits, -1)).mean()
+
+    scorecard = kd.audit(cosine)
+    assert scorecard.ok, wrong(scorecard)
+    assert line(scorecard, "which it is").verdict == "could not be examined"
+    assert line(scorecard, "derivative of its own loss").verdict == "right"
+    assert line(scorecard, "a constant added to the student's row").verdict == "convention"
+
+
+def test_random_numbers_are_told_from_a_race() -> None:
+    def noisy(z: Tensor, v: Tensor) -> Tensor:
+        return kd.kd_loss(F.dropout(z, 0.2), v)
+
+    calls = iter(range(10**9))
+
+    def racing(z: Tensor, v: Tensor) -> Tensor:
+        return kd.kd_loss(z, v) * (1 + 1e-3 * next(calls))
+
+    again = line(kd.audit(noisy), "the same call again")
+    assert again.verdict == "convention" and "draws random numbers" in again.found
+    assert line(kd.audit(racing), "the same call again").verdict == "WRONG"
+
+
 # What a loss takes
 
 
@@ -223,10 +281,13 @@ def test_log_probabilities_are_found() -> None:
     def of_probabilities(a: Tensor, b: Tensor) -> Tensor:
         return F.kl_div(a, b, reduction="batchmean")
 
+    found = line(kd.audit(of_probabilities), "what it takes")
+    assert found.found == "log-probabilities of the student, probabilities of the teacher, found by trying"
     assert kd.audit(of_logs).called == "loss(log_probs, log_probs) on [N, V]"
     assert kd.audit(of_probabilities).called == "loss(log_probs, probs) on [N, V]"
     told = kd.audit(of_probabilities, student="log_probs", teacher="probs")
-    assert told.lines == kd.audit(of_probabilities).lines
+    verdicts = [(each.about, each.verdict) for each in kd.audit(of_probabilities).lines[1:]]
+    assert [(each.about, each.verdict) for each in told.lines] == verdicts
 
 
 def test_modules_and_tuples_are_losses() -> None:
@@ -318,6 +379,16 @@ def test_nothing_that_a_loss_does_ends_the_audit(loss: Callable[..., Any]) -> No
     assert scorecard.lines and str(scorecard) and scorecard.markdown() and json.loads(scorecard.json())
     bad = [each for each in scorecard.lines if each.verdict in ("WRONG", "could not be examined")]
     assert bad, str(scorecard)
+
+
+def test_what_is_lacking_is_told() -> None:
+    def weighed(z: Tensor, v: Tensor, alpha: float) -> Tensor:
+        return alpha * kd.kd_loss(z, v)
+
+    (only,) = kd.audit(weighed).lines
+    assert "'alpha'; what else it needs goes into `options`" in only.found
+    found = line(kd.audit(weighed, options={"alpha": 0.3}), "which it is").found
+    assert found == "0.3 × forward KL(p‖q)"
 
 
 def test_what_was_raised_is_told() -> None:
@@ -463,19 +534,19 @@ def test_the_package_imports_no_audit() -> None:
 
 def test_the_benchmark_writes_scorecards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of ours and of eager spellings; libraries are where they are installed."""
-    found = [
-        each for each in (*audit_losses.ours("cpu"), *audit_losses.spellings()) if "forward_kl" in each.name
-    ]
-    assert {each.file for each in found} >= {"kd_loss-reference", "eager"}
-    assert benchmark(["--only", "eager", "--out", str(tmp_path)]) == 0
+    losses = [*audit_losses.ours("cpu"), *audit_losses.spellings()]
+    chosen = [each for each in losses if each.name in ("F.kl_div in one line", "PyTorch's tutorial")]
+    chosen.append(next(each for each in losses if each.file == "kd_loss-reference"))
+    found = examined(chosen, "cpu")
+    write(tmp_path, found, "cpu")
     text = (tmp_path / "eager.md").read_text(encoding="utf-8")
     assert f"torch {torch.__version__}" in text and "## F.kl_div in one line" in text
     assert "| **WRONG** | limits: −inf logits on both sides |" in text
-    assert not (tmp_path / "README.md").exists()
+    assert (tmp_path / "kd_loss-reference.md").exists()
     assert "F.kl_div in one line: " in capsys.readouterr().out
-    cards = [(each, kd.audit(each.loss, name=each.name, **each.tells)) for each in found[:1]]
-    table = summary(cards, {"trl": "not installed"}, [], "cpu")
+    table = summary(found[-1:], {"trl": "not installed"}, [], "cpu")
     assert "- trl: not installed." in table and table.endswith("## WRONG\n\nNothing.\n")
+    assert "−inf logits on both sides: NaN" in summary(found, {}, [], "cpu")
 
 
 def test_the_head_makes_the_logits_to_the_bit() -> None:

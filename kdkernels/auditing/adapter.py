@@ -79,11 +79,13 @@ class Adapter:
         return out.flatten(0, len(rows) - 1) if out.dim() >= len(rows) > 1 else out
 
     def raw(
-        self, z: Tensor, v: Tensor, labels: Tensor | None = None, exposed: bool = False, **given: Any
-    ) -> Tensor:
+        self, z: Tensor, v: Tensor, labels: Tensor | None = None, exposed: bool = False,
+        seeded: bool = True, **given: Any,
+    ) -> Tensor:  # fmt: skip
         """The loss of tensors in its own shape; raises `Refused` instead of whatever it raises.
 
-        It gets copies, which it may write over, unless these tensors are to be `exposed`.
+        It gets copies, which it may write over, unless these tensors are to be `exposed`; and whatever it
+        draws is the same in every call, unless that is not to be.
         """
         arguments = dict(self.options)
         for name, value in {"labels": labels, **given}.items():
@@ -92,7 +94,7 @@ class Adapter:
         if not exposed:
             z, v = z.clone(), v.clone()
         sides = [_as(kind, x) for kind, x in ((self.student, z), (self.teacher, v))]
-        with quiet():
+        with quiet(), _seed(z.device) if seeded else contextlib.nullcontext():
             try:
                 out = self.loss_fn(*sides, **arguments)
             except (Exception, SystemExit) as error:  # anyone's code: whatever it raises is a finding
@@ -130,6 +132,23 @@ def quiet() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _seed(device: torch.device) -> Iterator[None]:
+    """Within it, torch draws the same numbers every time; after it, what it would have drawn."""
+    # Set, not seeded: torch.manual_seed takes longer than a loss of a few rows.
+    own = torch.get_rng_state()
+    torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    if on_device is not None:
+        torch.cuda.set_rng_state(torch.Generator(device).manual_seed(0).get_state(), device)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(own)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
 
 
 def _as(kind: str, logits: Tensor) -> Tensor:
@@ -214,4 +233,10 @@ def likely_kinds(loss_fn: Callable[..., Any]) -> list[tuple[str, str]]:
         ("logits", "probs"), ("probs", "probs"),
     ]  # fmt: skip
     first = (hints[0], hints[1])
-    return [first, *(pair for pair in order if pair != first)]
+    # A name that says logits is believed: examined as what it isn't, a wrong loss might be right.
+    said = ["logit" in name for name in (*sides, "", "")[:2]]
+    return [first] + [
+        pair
+        for pair in order
+        if pair != first and not any(s and kind != "logits" for s, kind in zip(said, pair, strict=True))
+    ]

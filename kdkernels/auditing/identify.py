@@ -20,7 +20,7 @@ CLASSES = 11
 ROWS = 24
 # Of what a loss in fp32 leaves, in units of the norm of the values; and of what is this loss, but not quite.
 FITS = 3e-5
-NEAR = 0.05
+NEAR = 0.02
 # What people write into a loss instead of an argument.
 FIXED = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 8.0, 10.0, 20.0, 0.5)
 
@@ -47,6 +47,7 @@ class Model:
         theta: Its parameters.
         factors: Of each of its parts.
         hard: Weight of the cross-entropy with the label; 0 where there is none.
+        smoothing: Of its labels.
         off: What the fit leaves, relative to the values.
         softening: What T divides.
         power: Of T, by which the loss is multiplied.
@@ -63,6 +64,7 @@ class Model:
     power: float = 0.0
     per_class: bool = False
     clamped: int = 0
+    smoothing: float = 0.0
 
     def rows(self, z: Tensor, v: Tensor, labels: Tensor | None, T: float = 1.0) -> Tensor:
         """The loss of each row, in the dtype of the logits, differentiable."""
@@ -74,7 +76,7 @@ class Model:
         if self.per_class:
             each = each * (CLASSES / z.shape[-1])
         if self.hard and labels is not None:
-            each = each + self.hard * hard_cross_entropy(z / hard, labels)
+            each = each + self.hard * hard_cross_entropy(z / hard, labels, self.smoothing)
         return torch.as_tensor(each)
 
     @property
@@ -206,6 +208,11 @@ def identify(adapter: Adapter, T: float | None = None) -> Model | None:
     found = _candidates(listed, Sides.of(z, v, labels), hard, values, labelled)
     if found is not None and not found.near:
         return _scaled(found)
+    if hard is not None and (smoothing := _smoothing(z, v, labels, values)):
+        smoothed = hard_cross_entropy(z, labels, smoothing)
+        found = _candidates(listed, Sides.of(z, v, labels), smoothed, values, labelled)
+        if found is not None and not found.near:
+            return _scaled(replace(found, smoothing=smoothing))
     kept = values != 0
     if 4 < kept.sum() < len(values):
         short = [f for f in listed if f.name == "truncated"]
@@ -217,6 +224,20 @@ def identify(adapter: Adapter, T: float | None = None) -> Model | None:
     if fixed is not None and (found is None or fixed.off < found.off / 30):
         return _scaled(fixed)
     return _scaled(found) if found is not None and found.off < NEAR else None
+
+
+def _smoothing(z: Tensor, v: Tensor, labels: Tensor, values: Tensor) -> float:
+    """The share of all classes in the hard term, where with one a family fits; else 0."""
+    s = Sides.of(z, v, labels)
+    hard, even = hard_cross_entropy(z, labels), hard_cross_entropy(z, labels, 1.0)
+    for family in (f for f in families(CLASSES) if not f.params):
+        matrix = torch.stack([*family.values(s, ()), hard, even], 1)
+        factors = torch.linalg.lstsq(matrix, values[:, None]).solution[:, 0]
+        left = (values - matrix @ factors).norm() / values.norm()
+        label, everywhere = float(factors[-2]), float(factors[-1])
+        if left < FITS and label > 0 and everywhere > 1e-4 * label:
+            return everywhere / (label + everywhere)
+    return 0.0
 
 
 def _with_fixed_temperatures(
@@ -255,7 +276,7 @@ def with_temperature(adapter: Adapter, model: Model, T: float) -> tuple[Model, f
         for at in [1.0] if not model.hard else [1.0, None, *(x for x in (by, of) if x not in (1.0, None))]:
             how = Softening(by, of, at)
             s, t, h = how.at(T)
-            hard = hard_cross_entropy(z / h, labels) if model.hard else None
+            hard = hard_cross_entropy(z / h, labels, model.smoothing) if model.hard else None
             off, factors = _solve(model.family, model.theta, Sides.of(z / s, v / t, labels), hard, values)
             if off < best[0] / (1 if best[0] == math.inf else 30):
                 best = off, how, factors

@@ -13,7 +13,7 @@ from ..divergences import Parametrised, resolve
 from . import checks
 from .adapter import AUTO, KINDS, Adapter, Refused, detect, likely_kinds
 from .identify import CLASSES, FITS, Softening, choose_kinds, identify, logits, singles, with_temperature
-from .report import NOT_EXAMINED, WRONG, Audit, Line
+from .report import CONVENTION, NOT_EXAMINED, WRONG, Audit, Line
 from .subject import Claims, Subject, off
 
 DENOMINATORS = ("counted", "rows", "batch", "elements", "one")
@@ -96,7 +96,12 @@ def audit(
     try:
         adapter = _tried(adapter, ndim, (student, teacher), torch.device(device))
     except Refused as error:
-        line = Line("calling", "rows of logits", f"no way of calling it works: {error}", NOT_EXAMINED)
+        line = Line(
+            "calling",
+            "rows of logits",
+            f"no way of calling it works: {error}; what else it needs goes into `options`",
+            NOT_EXAMINED,
+        )
         return Audit(called, str(adapter), (line,))
     subject = Subject(adapter, None, None, claims, None, max_vocab, torch.device(device))
     say("identifying")
@@ -187,6 +192,12 @@ def _identified(
         subject = replace(subject, reduction=_reduction(subject))
     except Refused as error:
         lines.append(Line("calling", "single rows", f"refused: {error}", WRONG))
+    if AUTO in kinds and (adapter.student, adapter.teacher) != ("logits", "logits"):
+        kind = {"logits": "logits", "log_probs": "log-probabilities", "probs": "probabilities"}
+        words = (
+            f"{kind[adapter.student]} of the student, {kind[adapter.teacher]} of the teacher, found by trying"
+        )
+        lines.append(Line("calling", "what it takes", words, CONVENTION))
     model = subject.model
     if T is None or model is None:
         return subject

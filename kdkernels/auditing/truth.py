@@ -135,9 +135,11 @@ def others_kl(s: Sides) -> Tensor:
     return forward_kl(Sides.of(y, u, None))
 
 
-def hard_cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
-    """−log softmax(z) of the label."""
-    return -F.log_softmax(z, -1).gather(-1, labels[:, None]).squeeze(-1)
+def hard_cross_entropy(z: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """−log softmax(z) of the label; of the smoothing's share, the mean of that of all classes."""
+    logs = -F.log_softmax(z, -1)
+    hard = logs.gather(-1, labels[:, None]).squeeze(-1)
+    return (1 - smoothing) * hard + smoothing * logs.mean(-1) if smoothing else hard
 
 
 def truncated(s: Sides, k: float) -> Tensor:

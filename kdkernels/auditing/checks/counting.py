@@ -64,6 +64,9 @@ def _ignored(subject: Subject, about: str, by_mask: bool) -> Iterator[Line]:
             return
         everywhere = torch.equal(got.grad, subject.outcome(z, v, labels).grad)
         words = f"ignored rows teach: they have {100 * share:.3g} % of the gradient's norm"
+        words += (
+            "" if by_mask else f"; ignore_index=None says that no label is {subject.adapter.ignore_index}"
+        )
         verdict: Verdict = WRONG
         if everywhere and (subject.model is None or not subject.model.hard) and not by_mask:
             words, verdict = "labels change nothing, and every row counts", CONVENTION

@@ -30,17 +30,26 @@ def described(model: Model) -> str:
         words = f"DKD, {number(factors[0])} × the target's KL + {number(factors[1])} × the others'"
     elif len(factors) > 1:
         words += f", weights {' and '.join(number(f) for f in factors)}"
+    elif (by := fixed(model)) and abs(factors[0] - by**2) < 1e-3 * by**2:
+        words = f"T² × {words}"
     elif abs(factors[0] - 1) > 1e-3:
         words = f"{number(factors[0])} × {words}"
     if model.per_class:
         words += ", divided by the number of classes"
     if model.hard:
         words += f", and {number(model.hard)} × cross-entropy with the label"
+        words += f", smoothed by {number(model.smoothing)}" if model.smoothing else ""
     softened = [x for x in (model.softening.student, model.softening.teacher) if x not in (None, 1.0)]
     if softened:
         student, teacher = (x or 1.0 for x in (model.softening.student, model.softening.teacher))
         words += f", student's logits divided by {number(student)} and teacher's by {number(teacher)}"
     return words
+
+
+def fixed(model: Model) -> float | None:
+    """The temperature that both sides are divided by without being asked, or None."""
+    student, teacher = model.softening.student, model.softening.teacher
+    return student if student == teacher and student not in (None, 1.0) else None
 
 
 def check(subject: Subject) -> Iterator[Line]:
@@ -58,7 +67,7 @@ def _identity(subject: Subject) -> Iterator[Line]:
     if model is None:
         said = f", and it says {claimed[0]}" if claimed else ""
         verdict: Verdict = WRONG if claimed else NOT_EXAMINED
-        yield Line(CHECK, about, f"none that is known fits within 5 %{said}", verdict)
+        yield Line(CHECK, about, f"none that is known fits within 2 %{said}", verdict)
         return
     family, words = model.family, described(model)
     negative = any(f < 0 for f in model.factors) or model.hard < 0
@@ -85,13 +94,14 @@ def _identity(subject: Subject) -> Iterator[Line]:
     elif claimed is not None and not _agrees(model, claimed):
         theta = f"({', '.join(number(x) for x in claimed[1])})" if claimed[1] else ""
         yield Line(CHECK, about, f"{words}; it says {claimed[0]}{theta}", WRONG)
-    elif model.per_class and family.softmax:
+    elif model.per_class and family.softmax and not family.name.endswith(("_error", "_mse")):
         yield Line(
             CHECK, about, f"{words}: the mean over N·V is 1/V of the divergence, and training slows with the "
             "vocabulary", CONVENTION if subject.claims.denominator == "elements" else WRONG,
         )  # fmt: skip
     else:
-        plain = len(model.factors) == 1 and abs(model.factors[0] - 1) < 1e-3
+        wanted = (1.0, (fixed(model) or 1.0) ** 2)
+        plain = len(model.factors) == 1 and min(abs(model.factors[0] - x) for x in wanted) < 1e-3
         verdict = RIGHT if plain or family.name == "dkd" or model.hard else CONVENTION
         if family.name == "soft_cross_entropy":
             words += ": the gradient of the forward KL, but never 0 (it is larger by the teacher's entropy)"

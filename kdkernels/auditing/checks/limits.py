@@ -75,6 +75,9 @@ def _compare(subject: Subject, about: str, z: Tensor, v: Tensor, labels: Tensor)
     except Refused as error:
         return Line(CHECK, about, f"refused: {error}", CONVENTION)
     nan = [n for n, x in (("loss", got.loss), ("gradient", got.grad)) if x.isnan().any()]
+    if model is None and nan and not (z + v).isfinite().all():
+        words = f"NaN in the {' and the '.join(nan)}; whether there is a limit is not known"
+        return Line(CHECK, about, words, NOT_EXAMINED)
     if model is None:
         words = f"NaN in the {' and the '.join(nan)}" if nan else "no NaN; which divergence, is not known"
         return Line(CHECK, about, words, WRONG if nan else NOT_EXAMINED)
