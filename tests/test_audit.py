@@ -316,6 +316,20 @@ def test_a_loss_that_shifts_is_examined_as_one() -> None:
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
+def test_rows_of_a_loss_that_shifts(ndim: int) -> None:
+    """One value for each row that has a label after it."""
+
+    def loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        rows = [x[..., :-1, :] for x in (logits, teacher_logits)]
+        return kd.kd_loss(*rows, labels[..., 1:], hard_weight=1.0, reduction="none")
+
+    scorecard = kd.audit(loss, ndim=ndim)
+    assert scorecard.ok, wrong(scorecard)
+    assert line(scorecard, "reduction").found == "one value for each row"
+    assert line(scorecard, "a weight for each row, after reduction='none'").verdict == "right"
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
 def test_what_a_batchmean_divides_by(ndim: int) -> None:
     """On rows it is right, and the scorecard warns; on sequences it is wrong, unless it is what it says."""
 

@@ -74,9 +74,10 @@ class Adapter:
         if out.dim() == 0:
             return out
         rows = z.shape[:-1]
-        if self.shifts and out.dim() == len(rows):
-            return out.flatten()[: max(out.numel() // 2, 1)] if self.ndim == 3 else out[: rows[0] - 1]
-        return out.flatten(0, len(rows) - 1) if out.dim() >= len(rows) > 1 else out
+        if self.shifts and out.shape[: len(rows)] == rows:
+            # A value for the place that no label comes after, too.
+            out = out[:, :-1] if self.ndim == 3 else out[:-1]
+        return out.flatten(0, 1) if self.ndim == 3 and out.dim() > 1 else out
 
     def raw(
         self, z: Tensor, v: Tensor, labels: Tensor | None = None, exposed: bool = False,

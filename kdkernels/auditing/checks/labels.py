@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter import Refused
 from ..identify import CLASSES
-from ..report import CONVENTION, NOT_APPLICABLE, RIGHT, WRONG, Line, Verdict
+from ..report import CONVENTION, NOT_APPLICABLE, RIGHT, WRONG, Line
 from ..subject import Subject, off
 
 CHECK = "labels"
@@ -122,12 +122,14 @@ def _range(subject: Subject) -> Iterator[Line]:
     for bad in (CLASSES + 3, -7):
         wrong = labels.clone()
         wrong[1] = bad
-        where, verdict, words = f"label {bad} of {CLASSES} classes", RIGHT, ""
+        where = f"label {bad} of {CLASSES} classes"
         try:
             loss = subject.call(z, v, wrong)
-            words = f"read silently: the loss is {float(loss.double().sum()):.4g}"
-            verdict: Verdict = WRONG if loss.isfinite().all() else RIGHT  # type: ignore[no-redef]
-            words = words if loss.isfinite().all() else "the loss is NaN"
         except Refused as error:
-            words = f"refused: {error}"
-        yield Line(CHECK, where, words, verdict)
+            yield Line(CHECK, where, f"refused: {error}", RIGHT)
+            continue
+        silent = bool(loss.isfinite().all())
+        words = (
+            f"read silently: the loss is {float(loss.double().sum()):.4g}" if silent else "the loss is NaN"
+        )
+        yield Line(CHECK, where, words, WRONG if silent else RIGHT)
