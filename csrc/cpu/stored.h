@@ -96,7 +96,7 @@ struct Powers<float> {
     p = p * f + 2.40226528e-1f;
     p = p * f + 6.93147215e-1f;
     p = p * f + 1;
-    return p * bits<float>((int)((unsigned)bits<int>(rounded) << 23) + Real<float>::kOne);
+    return p * bits<float>((bits<unsigned>(rounded) << 23) + (unsigned)Real<float>::kOne);
   }
 };
 

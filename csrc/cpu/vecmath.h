@@ -158,7 +158,7 @@ KD_FN R kd_max(R x, R y) {
 template <class R>
 KD_FN R split_exp(R x, R& power) {
   using M = Real<R>;
-  using Int = typename M::Int;
+  using UInt = typename M::UInt;
   R rounded = x * M::kLog2e + M::kRound;
   R whole = rounded - M::kRound;
 #if defined(__FMA__)
@@ -168,7 +168,7 @@ KD_FN R split_exp(R x, R& power) {
   R r = (x - whole * M::kLn2Hi) - whole * M::kLn2Lo;
 #endif
   // The integer stands in the low bits of `rounded`; the shift moves it to the exponent and drops the rest.
-  power = bits<R>((Int)((typename M::UInt)bits<Int>(rounded) << M::kMantissa) + M::kOne);
+  power = bits<R>((bits<UInt>(rounded) << M::kMantissa) + (UInt)M::kOne);
   return M::expm1_reduced(r);
 }
 
@@ -192,10 +192,11 @@ template <class R>
 KD_FN R log1p_(R x) {
   using M = Real<R>;
   using Int = typename M::Int;
+  using UInt = typename M::UInt;  // of which differences and shifts are what they are, whatever the sign
   R u = 1 + x;
-  Int e = (bits<Int>(u) - M::kSqrtHalf) >> M::kMantissa;
+  Int e = (Int)(bits<UInt>(u) - (UInt)M::kSqrtHalf) >> M::kMantissa;
   // 1 + f = (1 + x) 2^-e, formed from x so that a small x keeps its digits.
-  R inverse = bits<R>((Int)(M::kOne - (e << M::kMantissa)));
+  R inverse = bits<R>((UInt)M::kOne - ((UInt)e << M::kMantissa));
   R f = x * inverse + (inverse - 1);
   return (R)e * M::kLn2 + M::log1p_reduced(f);
 }
@@ -226,8 +227,10 @@ template <int kTimes = 1, int kScale = 0, class R>
 KD_FN R log_(R x) {
   using M = Real<R>;
   using Int = typename M::Int;
-  Int e = (bits<Int>(x) - (M::kSqrtHalf + ((Int)kScale << M::kMantissa))) >> M::kMantissa;
-  R inverse = bits<R>((Int)(M::kOne - ((Int)kScale << M::kMantissa) - (e << M::kMantissa)));
+  using UInt = typename M::UInt;
+  constexpr UInt kScaled = (UInt)kScale << M::kMantissa;
+  Int e = (Int)(bits<UInt>(x) - ((UInt)M::kSqrtHalf + kScaled)) >> M::kMantissa;
+  R inverse = bits<R>((UInt)M::kOne - kScaled - ((UInt)e << M::kMantissa));
   return (R)e * (kTimes * M::kLn2) + M::template log1p_reduced<kTimes>(x * inverse - 1);
 }
 // -2 log(x 2^-32).
