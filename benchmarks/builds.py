@@ -51,6 +51,8 @@ TEACHERS = 3
 # How many classes of a teacher are stored: of the loss alone, and more than a block takes with all that a row
 # has to add.
 STORED = {"stored": 64, "stored and everything": 600}
+# The phases of rows whose classes are shared out, of the loss alone and with all that a row has to add.
+SHARDED = ("shards", "shards and everything")
 # Targets and divergences with builds that move what they spilled within a loop, and so once a block and not
 # once a row: up to four instructions, among hundreds (dkd) to thousands.
 RELOADING = {("sm_100", "skew_reverse_kl"), ("sm_100", "alpha_beta"), ("sm_100", "dkd")}
@@ -78,7 +80,7 @@ class Recorder:
 @contextlib.contextmanager
 def recorded(lanes: int = 32) -> Iterator[list[Launch]]:
     """Meanwhile nothing is launched; what would have been, on warps of so many lanes, is in the list."""
-    from kdkernels.backends import triton_launch, triton_sparse_launch
+    from kdkernels.backends import triton_launch, triton_shards_launch, triton_sparse_launch
 
     launches: list[Launch] = []
     stand_ins: dict[tuple[Any, str], Any] = {
@@ -88,10 +90,12 @@ def recorded(lanes: int = 32) -> Iterator[list[Launch]]:
             (triton_launch, "total_kernel"),
             (triton_launch, "scale_kernel"),
             (triton_sparse_launch, "sparse_kernel"),
+            (triton_shards_launch, "shard_sums_kernel"),
+            (triton_shards_launch, "shard_terms_kernel"),
         )
     }
     stand_ins[triton_launch, "lanes"] = lambda device: lanes
-    stand_ins[triton_launch, "_launching"] = lambda tensor: contextlib.nullcontext()
+    stand_ins[triton_launch, "launching"] = lambda tensor: contextlib.nullcontext()
     real = {(module, name): getattr(module, name) for module, name in stand_ins}
     for (module, name), stand_in in stand_ins.items():
         setattr(module, name, stand_in)
@@ -115,7 +119,7 @@ def launches_of(
     teacher: Any = kd.Logits(v)
     labels = None
     everything = options.endswith("everything")
-    if options not in ("plain", "stored") or row.target:
+    if options not in ("plain", "stored", "shards") or row.target:
         labels = torch.zeros(z.shape if row.binary else (rows,), dtype=z.dtype if row.binary else torch.int64)
     if options == "hard" or everything:
         given |= {"hard_weight": 0.1, "temperature": 2.0}
@@ -133,8 +137,13 @@ def launches_of(
         ids = torch.arange(STORED[options]).expand(rows, -1)
         teacher = kd.TopK(ids, torch.full(ids.shape, -20.0), lse={2.0: torch.zeros(rows)})
     keep = what_to_keep(z.dtype)
-    call = checked_call(student, teacher, labels, complete(given), stats=everything)
+    sharded = options in SHARDED
+    call = checked_call(student, teacher, labels, complete(given), stats=everything and not sharded)
     with recorded(TARGETS[target][2]) as launches:
+        if sharded:
+            numbers = BACKEND.shard_terms(call, BACKEND.shard_sums(call))
+            BACKEND.shard_gradient(torch.ones(()), call, numbers, torch.empty_like(z))
+            return launches
         _, _, kept = BACKEND.forward(call, keep)
         upstream = torch.ones(())
         if keep == "state":
@@ -251,6 +260,11 @@ def has_stored(divergence: str) -> bool:
     return TABLE[divergence].normaliser == "softmax" and not TABLE[divergence].target
 
 
+def has_shards(divergence: str) -> bool:
+    """Whether it compares two softmaxes, of which a process may have a part."""
+    return TABLE[divergence].normaliser == "softmax"
+
+
 def instantiations(
     target: str,
     divergences: Sequence[str],
@@ -267,6 +281,8 @@ def instantiations(
                     if options == "mixture" and not has_mixtures(divergence):
                         continue
                     if options in STORED and not has_stored(divergence):
+                        continue
+                    if options in SHARDED and not has_shards(divergence):
                         continue
                     for launch in launches_of(target, divergence, dtype, vocab, options):
                         warps = launch.options.get("num_warps", 4)
@@ -290,6 +306,7 @@ two launches. Spilled bytes are a thread's: numbers of the row, which the assemb
 program fits on a multiprocessor (64 and 80 registers of 256 threads are such steps); of the instructions that
 move them, those in a loop are counted.
 """
+ROWS = ("row_kernel", "sparse_kernel", "shard_sums_kernel", "shard_terms_kernel")
 STATE = 2  # of the modes of the row kernel
 MODES = {None: "", 0: "loss", 1: "loss + gradient", 2: "loss + state", 3: "gradient of state"}
 
@@ -298,7 +315,7 @@ def table(builds: list[dict[str, Any]], targets: Sequence[str]) -> tuple[list[st
     """A line for each build of a kernel of rows: registers a thread on each target, and what all share."""
     lines: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for found in builds:
-        if found["kernel"] in ("row_kernel", "sparse_kernel"):
+        if found["kernel"] in ROWS:
             vocabularies = ", ".join(f"{v:,}" for v in found["vocab"])
             key = (found["divergence"], found["dtype"], vocabularies, ", ".join(found["options"]))
             lines.setdefault((*key, MODES[found["mode"]]), {})[found["target"]] = found
@@ -322,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--divergences", nargs="+", choices=TABLE, default=list(TABLE))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16", "fp32"])
-    parser.add_argument("--options", nargs="+", choices=(*OPTIONS, *STORED), default=list(OPTIONS))
+    parser.add_argument("--options", nargs="+", choices=(*OPTIONS, *STORED, *SHARDED), default=list(OPTIONS))
     parser.add_argument("--vocabularies", nargs="+", type=int, default=list(VOCABULARIES))
     parser.add_argument("--lines", action="store_true", help="a JSON line for each build, and no file")
     chosen = parser.parse_args(arguments)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .backends import cpu, triton_
 from .caller import while_tracing
+from .registry import only_by_name
 from .shards import Exchange, FusedPhases, Phases, Shard
 from .sources import Head, Logits, Mixture
 from .spec import Call
@@ -26,8 +27,8 @@ from .spec import Call
 _PREFIX = "vocab_parallel"
 _NUMBERS = itertools.count()
 WHOLE_ROWS = "its kernels take whole rows, and with vocab_parallel no process has one"
-# Those with phases, in their order of preference.
-_FUSED = {"cpu": cpu.BACKEND}
+# Those with phases: of a device no two are chosen unless by name.
+_FUSED: dict[str, Any] = {b.name: b for b in (triton_.BACKEND, cpu.BACKEND)}
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def reason(name: str, call: Call) -> str | None:
 def choose(name: str | None, call: Call) -> str:
     """The backend whose phases a call has: the named one or an error, else the first that can."""
     if name is None:
-        return next(b for b in (*_FUSED, "reference") if reason(b, call) is None)
+        unasked = [b for b in _FUSED if not only_by_name(_FUSED[b], call.student.device.type)]
+        return next(b for b in (*unasked, "reference") if reason(b, call) is None)
     if (why := reason(name, call)) is not None:
         raise RuntimeError(
             f"backend={name!r} can't run this call: {why}; backend=None picks one that can, and kd.explain "

@@ -75,12 +75,12 @@ def is_fused(name: str | None, divergence: str, device: str) -> bool:
     return any(
         b.available(torch.device(device)) is None and b.knows(divergence) is None
         for b in BACKENDS.values()
-        if b.name != "reference" and not _only_by_name(b, device)
+        if b.name != "reference" and not only_by_name(b, device)
     )
 
 
-def _only_by_name(backend: Backend, device: str) -> bool:
-    # Interpreted kernels are for tests.
+def only_by_name(backend: Backend, device: str) -> bool:
+    """Whether a backend runs on a device only where it is asked for: interpreted kernels are for tests."""
     return (backend.name, device) == ("triton", "cpu")
 
 
@@ -98,7 +98,7 @@ def choose(name: str | None, call: Call) -> Backend:
             )
         return backend
     device = call.student.device.type
-    chosen = next(b for b in BACKENDS.values() if not _only_by_name(b, device) and reason(b, call) is None)
+    chosen = next(b for b in BACKENDS.values() if not only_by_name(b, device) and reason(b, call) is None)
     if chosen.name == "reference" and device != "meta":
         why = why_unfused(call)
         warn_once(

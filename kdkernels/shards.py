@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends.cpu import SHARD_NUMBERS
 from .chunks import Rows, part_of, student_of
 from .divergences import Divergence
 from .expressions import (
@@ -32,7 +31,7 @@ from .expressions import (
 )
 from .noise import STUDENT, Noise, sample
 from .reference import compute_dtype, counted_rows
-from .spec import STATE_ROWS, Call, LossSpec, state_rows
+from .spec import SHARD_NUMBERS, STATE_ROWS, Call, LossSpec, state_rows
 
 Numbers = dict[str, Tensor]  # [N] each
 
@@ -656,6 +655,8 @@ class FusedPhases(Phases):
         refs = {
             side: torch.where(masses[side] == 0, -math.inf, found[f"{side}_ref"]).to(self.R) for side in sides
         }
+        # As in `_maxima`, NaN is left to the sums.
+        refs = {side: torch.where(x.isnan(), -math.inf, x) for side, x in refs.items()}
         refs = self._exchanged(self.exchange.maximum, refs)
         refs = {side: torch.where(torch.isneginf(x), 0.0, x) for side, x in refs.items()}
         # Relative to what all have in common; where there is no mass there is nothing to move.
@@ -672,15 +673,19 @@ class FusedPhases(Phases):
         if self.aims:
             sums["v_target"] = found["v_target"]
         sums = self._exchanged(self.exchange.sum, {name: x.to(self.R) for name, x in sums.items()})
-        state = torch.zeros(self.count, len(SHARD_NUMBERS), dtype=torch.float64)
-        for name, x in [*((f"{side}_ref", x) for side, x in refs.items()), *sums.items()]:
-            state[:, SHARD_NUMBERS.index(name)] = x
-        if "one_sum" in sums:
-            state[:, SHARD_NUMBERS.index("one_ref")] = T * refs["z"].double()
+        # A row whose label is none has no gradient, either.
+        sums["z_sum"] = sums["z_sum"] * self._poison()
         s: Numbers = {f"{side}_ref": x for side, x in refs.items()} | sums
         if self.soft:
-            s |= self._terms_of(state, closed is not None)
-        return s | {"state": state}
+            s |= self._terms_of(s, closed is not None)
+        return s | {"state": self._state(s)}
+
+    def _state(self, s: Numbers) -> Tensor:
+        """What kernels take of the numbers of all classes, [N, SHARD_NUMBERS]; 0 for what there is not."""
+        if "one_sum" in s:
+            s = {**s, "one_ref": self.T * s["z_ref"].double()}
+        nothing = torch.zeros(self.count, dtype=torch.float64, device=self.call.student.device)
+        return torch.stack([s.get(name, nothing).double() for name in SHARD_NUMBERS], -1)
 
     def _moved_cross(self, cross: Tensor, mass: Tensor, one: Tensor, other: Tensor) -> Tensor:
         """A cross sum Σ e^a (A a + B b) relative to other references: see `move` of csrc/row.h."""
@@ -689,16 +694,13 @@ class FusedPhases(Phases):
         moved = factor * (cross + mass * (A * one + B * other))
         return torch.where((mass == 0) | (factor == 0), 0.0, moved)
 
-    def _terms_of(self, state: Tensor, closed: bool) -> Numbers:
-        phi, sum_g = (SHARD_NUMBERS.index(name) for name in ("phi", "sum_g"))
-        self.backend.shard_terms(self.own, state)
-        found = {"phi": state[:, phi], "sum_g": state[:, sum_g]}
+    def _terms_of(self, s: Numbers, closed: bool) -> Numbers:
+        state = self.backend.shard_terms(self.own, self._state(s))
+        found = {name: state.select(-1, SHARD_NUMBERS.index(name)) for name in ("phi", "sum_g")}
         if not closed:
-            found = {name: x.to(self.R) for name, x in found.items()}
-            found = self._exchanged(self.exchange.sum, found)
-            state[:, sum_g] = found["sum_g"]
+            found = self._exchanged(self.exchange.sum, {name: x.to(self.R) for name, x in found.items()})
         # The label's own term is in phi already.
-        return {"phi": found["phi"].to(self.R), "around": torch.zeros_like(found["phi"], dtype=self.R)}
+        return {**found, "phi": found["phi"].to(self.R), "around": torch.zeros_like(s["z_sum"])}
 
     def _nll(self, s: Numbers) -> Tensor:
         spec, T = self.call.spec, self.T
@@ -709,24 +711,18 @@ class FusedPhases(Phases):
 
     def gradient(self, s: Numbers, upstream: Tensor | None, out: Tensor) -> Tensor:
         """As of whole rows, from the numbers of all classes."""
-        by = torch.ones((), dtype=self.R) if upstream is None else upstream.to(self.R)
+        one = torch.ones((), dtype=self.R, device=self.call.student.device)
+        by = one if upstream is None else upstream.to(self.R)
         return self.backend.shard_gradient(by, self.own, s["state"], out)
 
     def pack(self, s: Numbers) -> Tensor:
         """What the kernels need of `state`, as one tensor."""
-        packed = torch.zeros(STATE_ROWS, self.count, dtype=self.R)
-        for to, name in zip(packed, self._taken(), strict=False):
-            to.copy_(s["state"][:, SHARD_NUMBERS.index(name)])
-        return packed
+        taken = [s["state"].select(-1, SHARD_NUMBERS.index(name)).to(self.R) for name in self._taken()]
+        return torch.stack(taken + [torch.zeros_like(taken[0])] * (STATE_ROWS - len(taken)))
 
     def unpack(self, state: Tensor) -> Numbers:
         """The state again."""
-        found = torch.zeros(self.count, len(SHARD_NUMBERS), dtype=torch.float64)
-        for x, name in zip(state, self._taken(), strict=False):
-            found[:, SHARD_NUMBERS.index(name)] = x
-        if "one_sum" in self._taken():
-            found[:, SHARD_NUMBERS.index("one_ref")] = self.T * found[:, SHARD_NUMBERS.index("z_ref")]
-        return {"state": found}
+        return {"state": self._state(dict(zip(self._taken(), state.unbind(0), strict=False)))}
 
     def _taken(self) -> list[str]:
         names = [

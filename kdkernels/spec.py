@@ -21,6 +21,13 @@ STATS = 7  # figures of `KDStats`
 STATE_ROWS = 8
 
 
+# What processes tell each other of a row whose classes they share: of z and v over T, and of z at T = 1, what
+# exponents are relative to and their sum; the cross sum, the sum of g, both logits of the target, D.
+SHARD_NUMBERS = (
+    "z_ref", "z_sum", "v_ref", "v_sum", "one_ref", "one_sum", "cross", "sum_g", "z_target", "v_target", "phi"
+)  # fmt: skip
+
+
 def state_rows(teachers: int, mixture: Tensor | None) -> int:
     """The same of a call: two more for each teacher of a mixture, its log-sum-exp in two parts."""
     return STATE_ROWS + (0 if mixture is None else 2 * teachers)
@@ -89,6 +96,16 @@ class Call(NamedTuple):
     spec: LossSpec
     classes: int
     sparse: Sparse | None = None
+
+
+def without_phases(call: Call) -> str | None:
+    """Why no kernels have phases for such a call on shards of a vocabulary; None where they may."""
+    spec = call.spec
+    if spec.row.normaliser != "softmax" or call.sparse is not None or spec.soft_weight == 0:
+        return "its phases are of two softmaxes"
+    if call.mixture is not None or spec.student_noise or spec.teacher_noise or spec.stats:
+        return "its phases have no mixtures, noise and stats"
+    return None
 
 
 def _finite(name: str, value: float) -> float:

@@ -79,8 +79,8 @@ GPU = "cuda" if torch.cuda.is_available() else "cpu"
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": GPU, "streaming": GPU, "cuda": GPU}
 ONLY_GPU = ["cuda"] if GPU == "cuda" else []  # backends that nothing interprets
 STREAMED = (
-    "test_semantics.py", "test_triton_sparse.py", "test_any_problem_is_within_the_budget",
-    "test_hidden_classes_anywhere",
+    "test_semantics.py", "test_triton_shards.py", "test_triton_sparse.py",
+    "test_any_problem_is_within_the_budget", "test_hidden_classes_anywhere",
 )  # fmt: skip
 
 # For what only fused backends promise.
@@ -134,7 +134,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # their expressions, which test_divergences.py and test_support.py run one by one.
 PATHS = ("forward_kl", "reverse_kl", 0.5, kd.DKD(1.0, 8.0), kd.LogitMSE(centered=True), kd.BinaryKL())
 EACH = (
-    "test_divergences.py", "test_support.py", "test_custom.py", "test_triton.py", "test_triton_sparse.py"
+    "test_divergences.py", "test_support.py", "test_custom.py", "test_triton.py", "test_triton_shards.py",
+    "test_triton_sparse.py",
 )  # fmt: skip
 
 

@@ -62,11 +62,15 @@ def test_constants_are_the_same_at_the_next_launch() -> None:
         triton_kernels,
         triton_math,
         triton_noise,
+        triton_shards,
         triton_sparse,
         triton_teachers,
     )
 
-    modules = (triton_blocks, triton_kernels, triton_math, triton_noise, triton_sparse, triton_teachers)
+    modules = (
+        triton_blocks, triton_kernels, triton_math, triton_noise, triton_shards, triton_sparse,
+        triton_teachers,
+    )  # fmt: skip
     constants = {
         (module.__name__, name): value.value
         for module in modules

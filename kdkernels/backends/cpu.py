@@ -16,12 +16,13 @@ from ..layout import common_rows
 from ..noise import Noise
 from ..reference import UNLABELLED, LabelError, compute_dtype, label_error, target_error
 from ..sparse import TAILS, Sparse, StoredSource, TopK
-from ..spec import REDUCTIONS, STATS, Call, LossSpec
+from ..spec import REDUCTIONS, SHARD_NUMBERS, STATS, Call, LossSpec, without_phases
 from ..stored import floats_of, lse_at
 
 LIBRARY = Path(__file__).parent.parent / "libkdkernels_cpu.so"
 
-# Numbers that the library and this file agree on; KD_ABI in kd_cpu.cpp changes with any of them.
+# Numbers that the library and this file agree on, SHARD_NUMBERS too; KD_ABI in kd_cpu.cpp changes with any of
+# them.
 _ABI = 9
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _MODES = {"loss": 0, "gradient": 1, "scaled_gradient": 2, "shard_sums": 3, "shard_terms": 4}
@@ -36,10 +37,6 @@ _CALL = struct.Struct("=q 3q q8q 3q d 6q 2q 2q 2q 5q q")
 _SIDE = struct.Struct("=3q 8q 2d")
 # KdStored.
 _STORED = struct.Struct("=3q 3q d q 3q 3q q q q 3q q q")
-# What processes tell each other of a row, kShardZRef and so on.
-SHARD_NUMBERS = (
-    "z_ref", "z_sum", "v_ref", "v_sum", "one_ref", "one_sum", "cross", "sum_g", "z_target", "v_target", "phi"
-)  # fmt: skip
 
 
 class CpuBackend:
@@ -104,15 +101,8 @@ class CpuBackend:
 
     def shards(self, call: Call) -> str | None:
         """None where it has phases for such a call on shards of a vocabulary, else why not."""
-        spec = call.spec
-        why = self.available(call.student.device) or self.knows(spec.divergence)
-        if why is not None:
-            return why
-        if spec.row.normaliser != "softmax" or call.sparse is not None or spec.soft_weight == 0:
-            return "its phases are of two softmaxes"
-        if call.mixture is not None or spec.student_noise or spec.teacher_noise or spec.stats:
-            return "its phases have no mixtures, noise and stats"
-        return None
+        unable = self.available(call.student.device) or self.knows(call.spec.divergence)
+        return unable or without_phases(call)
 
     def cross(self, divergence: str) -> tuple[float, float]:
         """What its cross sum has of the weighing side's logits, and of the other's."""

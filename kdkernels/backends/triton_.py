@@ -1,7 +1,8 @@
 """The Triton backend, for CUDA, ROCm and XPU devices.
 
 Launches are in `triton_launch.py` and the kernels in `triton_kernels.py`, those of stored teachers in
-`triton_sparse_launch.py` and `triton_sparse.py`, which are imported with Triton itself, when first needed.
+`triton_sparse_launch.py` and `triton_sparse.py`, those of shards of a vocabulary in `triton_shards_launch.py`
+and `triton_shards.py`, which are imported with Triton itself, when first needed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import BUILT_IN, TABLE
-from ..spec import Call
+from ..spec import Call, without_phases
 
 PARAMS = 4  # of a divergence
 DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda, too
@@ -48,6 +49,12 @@ class TritonBackend:
         from . import triton_sparse_launch
 
         return triton_sparse_launch
+
+    @cached_property
+    def _launch_shards(self) -> Any:
+        from . import triton_shards_launch
+
+        return triton_shards_launch
 
     def available(self, device: torch.device) -> str | None:
         """None on a GPU where Triton is installed, else why not."""
@@ -82,6 +89,31 @@ class TritonBackend:
         """The gradient alone, with the upstream factor applied before the one rounding."""
         of = self._launch if call.sparse is None else self._launch_sparse
         return of.gradient(upstream, call, state, out)
+
+    def shards(self, call: Call) -> str | None:
+        """None where it has phases for such a call on shards of a vocabulary, else why not."""
+        unable = self.available(call.student.device) or self.knows(call.spec.divergence)
+        return unable or without_phases(call)
+
+    def cross(self, divergence: str) -> tuple[float, float]:
+        """What its cross sum has of the weighing side's logits, and of the other's."""
+        closed = TABLE[divergence].closed
+        return (0.0, 0.0) if closed is None else (closed.a, closed.b)
+
+    def shard_sums(self, call: Call) -> Tensor:
+        """The sums of each row over this process's classes, float64 `[N, SHARD_NUMBERS]`: one read."""
+        return self._launch_shards.sums(call)
+
+    def shard_terms(self, call: Call, state: Tensor) -> Tensor:
+        """The state with phi and the sum of g, from the sums of all classes.
+
+        Those of all classes in closed form, from no read; else of this process's, from one more of each side.
+        """
+        return self._launch_shards.terms(call, state)
+
+    def shard_gradient(self, upstream: Tensor, call: Call, state: Tensor, out: Tensor) -> Tensor:
+        """The gradient of this process's logits from the numbers of all classes: a read of each, a write."""
+        return self._launch_shards.gradient(upstream, call, state, out)
 
     def scale(self, gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
         """The gradient times the upstream one (0-d, or one per row); in place and times 1 it does nothing."""

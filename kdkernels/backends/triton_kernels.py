@@ -144,7 +144,7 @@ def row_kernel(
     Z_CAPPED: tl.constexpr, V_CAPPED: tl.constexpr, Z_UNIT: tl.constexpr, V_UNIT: tl.constexpr,
     Y_UNIT: tl.constexpr, M: tl.constexpr, MIXED: tl.constexpr,
     Z_NOISE: tl.constexpr, Z_PER_ROW: tl.constexpr, V_NOISE: tl.constexpr, V_PER_ROW: tl.constexpr,
-    PADDED: tl.constexpr, WHOLE: tl.constexpr,
+    PADDED: tl.constexpr, WHOLE: tl.constexpr, SHARDED: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, AXIS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss and figures, its gradient.
@@ -152,7 +152,8 @@ def row_kernel(
     Classes, width and the strides of rows come divided by ALIGN, from which the compiler sees how wide an
     access may be. UNIT says that columns lie side by side, PADDED that width > classes, GUARD that
     expressions need help where neither side can produce a class; with WHOLE, width <= BLOCK. NORMS says which
-    sides' softmax something needs, WEIGHED that the soft term is in the loss and not in the stats alone.
+    sides' softmax something needs, WEIGHED that the soft term is in the loss and not in the stats alone. With
+    SHARDED the row has more classes elsewhere, whose part is in the state that the gradient is made from.
     """
     n = tl.program_id(0).to(tl.int64)
     N = rows.to(tl.int64)
@@ -309,7 +310,9 @@ def row_kernel(
         correct = zero
         # A label out of range makes its row NaN: looking at it on the host would wait for the device.
         valid = labelled & (label >= 0) & (label < classes)
-        poison = tl.where(labelled & (valid == 0), float("nan"), 0.0)
+        poison = zero
+        if not SHARDED:  # there it is another process's
+            poison = tl.where(labelled & (valid == 0), float("nan"), 0.0)
         # As columns are, since a number of 64 bits would take twice the registers and comparisons.
         target = tl.where(valid, label, -1).to(tl.int32)
         weight = tl.full((), 1.0, tl.float64)

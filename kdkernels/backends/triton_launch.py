@@ -88,7 +88,7 @@ def forward(
     stats = torch.empty(STATS, dtype=R, device=device) if spec.stats else None
     items = count_items(call)
     counted, given, number = item_arguments(items)
-    with _launching(student):
+    with launching(student):
         (of_rows or launch)(
             MODES[keep], call, items, gradient=kept if keep == "gradient" else None, figures=figures,
             state=kept if keep == "state" else None,
@@ -115,7 +115,7 @@ def gradient(
     student = call.student
     if out is None:
         out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    with _launching(student):
+    with launching(student):
         (of_rows or launch)(
             SCALED_GRADIENT.value, call, count_items(call), gradient=out, state=state, upstream=upstream
         )
@@ -130,7 +130,7 @@ def scale(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
         upstream, stride = (upstream, 0) if upstream.dim() == 0 else (upstream.contiguous(), 1)
         align = math.gcd(ALIGNMENT, width)
         config = tuning.triton(width, gradient.element_size(), align, lanes=lanes(gradient.device))
-        with _launching(gradient):
+        with launching(gradient):
             scale_kernel[(gradient.numel() // width,)](
                 gradient, out, upstream, stride, width // align,
                 IN_PLACE=in_place, BLOCK=config.block, ALIGN=align, num_warps=config.warps,
@@ -138,7 +138,7 @@ def scale(gradient: Tensor, upstream: Tensor, in_place: bool) -> Tensor:
     return out
 
 
-def _launching(tensor: Tensor) -> AbstractContextManager[Any]:
+def launching(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device; the interpreter is numpy, which warns of every -inf."""
     if tensor.device.type == "cpu":
         return np.errstate(all="ignore")
@@ -248,13 +248,18 @@ def launch(
     figures: Tensor | None = None,
     state: Tensor | None = None,
     upstream: Tensor | None = None,
+    sharded: bool = False,
 ) -> None:
-    """One program a row: reads or fills whatever of these the mode is about."""
+    """One program a row: reads or fills whatever of these the mode is about.
+
+    `sharded` says that labels beyond the last class are those of another process.
+    """
     student, teachers, mixture, labels, mask, token_weights, _, z_seed, v_seed, spec, classes, _ = call
     rows, width = student.shape[:-1].numel(), student.shape[-1]
     if rows == 0:
         return
-    check_labels_here(call)
+    if not sharded:
+        check_labels_here(call)
     binary_labels = labels is not None and spec.row.binary and uses_labels(call)
     sides = [student, *teachers, labels] if labels is not None and binary_labels else [student, *teachers]
     sides, shape, strides = common_rows(sides, 3)
@@ -304,7 +309,7 @@ def launch(
         *(*spec.params, 0.0, 0.0, 0.0, 0.0)[:4], number,
         **constants(call), MODE=mode, MEAN=spec.reduction == "mean", **item_constants(items),
         Z_UNIT=units[0], V_UNIT=bits(units[1 : M + 1]), Y_UNIT=units[-1], PADDED=classes != width,
-        WHOLE=config.whole, R=TYPES[R], BLOCK=config.block, GROUP=config.group,
+        WHOLE=config.whole, SHARDED=sharded, R=TYPES[R], BLOCK=config.block, GROUP=config.group,
         AXIS=0 if config.strided else 1, ALIGN=align, num_warps=config.warps,
         # Fused, z / T − ref would leave the rounding error of ref at the maximum, which of a large one may be
         # any exponent. And so what the interpreter computes is what a GPU does.

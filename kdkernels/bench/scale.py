@@ -52,7 +52,7 @@ class Run:
         temperature: Of the loss.
         labels: Whether there is a hard term.
         rows_at_once: Of heads, as `memory_budget` allows; None for the default on a GPU.
-        fused: Whether a backend's kernels have the phases, as on a CPU; on a GPU none has yet.
+        fused: Whether a backend's kernels have the phases, as those of `cpu` and `triton` do.
     """
 
     rows: int
