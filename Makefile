@@ -7,6 +7,7 @@
 #   make fuzz    ten minutes (MINUTES=10) of random calls over all options, new ones each time, every backend that
 #                runs here against the fp64 truth; prints the cases of each and what failed, with what reproduces it
 #   make check   lint, format, types
+#   make docs    the documentation as a site, in build/site; a broken link fails
 #   make bench   the losses measured on this machine
 #   make gpu     the tests that need a GPU and the losses measured on it: with $(PYTHON) itself, which needs
 #                torch, Triton, pytest and hypothesis; nothing is installed
@@ -30,7 +31,7 @@ CSRC := $(shell find csrc -type f)
 # knows of one, since a local version sorts above the plain one.
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fuzz check bench gpu setup clean
+.PHONY: demo test fuzz check docs bench gpu setup clean
 
 demo: $(READY)
 	$(VENV)/bin/kdkernels demo $(ARGS)
@@ -47,6 +48,11 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# No build of the site waits for the network: fonts, search and formulas are in it.
+docs: $(READY)
+	$(VENV)/bin/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml $(ARGS)
+	@echo "The site is in build/site: open build/site/index.html"
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks logits $(ARGS)
@@ -81,7 +87,7 @@ $(VENV)/bin/python:
 $(READY): $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(CSRC)
 	@echo "Setting up $(VENV): the first time this downloads torch and takes minutes."
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[cli,bench,train,hf,test,dev]'
+	$(INSTALL) --no-build-isolation --editable '.[cli,bench,train,hf,test,dev,docs]'
 	@test -e kdkernels/libkdkernels_cpu.so || echo "Without the CPU library, since no C++ compiler works here:" \
 	  "losses run on the reference backend. With a compiler installed, 'make -B setup' builds it."
 	@touch $@
