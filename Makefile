@@ -51,7 +51,7 @@ check: $(READY)
 
 # No build of the site waits for the network: fonts, search and formulas are in it.
 docs: $(READY)
-	$(VENV)/bin/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml $(ARGS)
 	@echo "The site is in build/site: open build/site/index.html"
 
 bench: $(READY)

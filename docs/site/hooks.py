@@ -58,6 +58,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     markdown = markdown.replace("](../benchmarks/", "](benchmarks/")
     markdown = re.sub(r"\]\(\.\./examples/(\w+)\.py\)", r"](examples/\1.md)", markdown)
     if page.file.src_uri.startswith(("benchmarks/", "examples/")):
+        page.meta["search"] = {"exclude": True}  # rows of figures, more than half of the index
         return markdown
     return names.linked(_formulas(markdown, page))
 
