@@ -107,7 +107,7 @@ def register_divergence(
         TypeError: A function that isn't one by `def`, or has other arguments.
         ValueError: A name that is taken, or an expression that uses something else.
 
-    Source: "The maths is written once" in the documentation of `kdkernels.divergences`.
+    Source: The frame of `kdkernels.divergences`, around two expressions of a class.
 
     Example:
         >>> import torch as xp

@@ -505,10 +505,10 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
         _check_num_items(num_items, spec.reduction, z)
     if options["hard_weight"] is None:
         if labels is not None and not spec.row.target:
-            use = "and nothing uses them" if spec.row.binary else "they choose which rows count and"
+            use = "nothing uses them" if spec.row.binary else "they choose which rows count, and no more"
             warn_once(
                 "unused labels",
-                f"labels are given and hard_weight is None: {use}, so there is no hard term. Pass "
+                f"labels are given and hard_weight is None: {use}, since there is no hard term. Pass "
                 "hard_weight=0.0 if that is meant, or a weight",
             )
     elif spec.hard_weight != 0 and labels is None:
