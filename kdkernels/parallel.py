@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from .backends import cpu, triton_
 from .caller import while_tracing
+from .fused_shards import FusedPhases
 from .registry import only_by_name
-from .shards import Exchange, FusedPhases, Phases, Shard
+from .shards import Exchange, Phases, Shard
 from .sources import Head, Logits, Mixture
 from .spec import Call
 

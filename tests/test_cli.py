@@ -157,7 +157,7 @@ def test_without_an_extra_the_demo_says_what_to_install(
 def test_the_extra_brings_what_the_command_line_needs() -> None:
     required = importlib.metadata.requires("kdkernels") or []
     extra = {r.split(">")[0] for r in required if 'extra == "cli"' in r}
-    assert extra == {"typer", *cli.DEMO_NEEDS}
+    assert extra == {"typer", "PyYAML", *cli.DEMO_NEEDS}
 
 
 def test_a_missing_extra_ends_the_process_with_one_line() -> None:

@@ -660,7 +660,7 @@ def test_a_run_that_was_interrupted_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """By Ctrl-C within step 7, of which there is no checkpoint but the one that it makes."""
-    out, step = tmp_path / "run", Distiller._step
+    out, step, before = tmp_path / "run", Distiller._step, signal.getsignal(signal.SIGINT)
 
     def interrupted(self: Any, *args: Any) -> Any:
         if self.progress.step == 6:
@@ -673,7 +673,7 @@ def test_a_run_that_was_interrupted_goes_on(
     said = capsys.readouterr().err
     assert f"interrupted; step 7 of 1-distil is kept in {out}, and the same command goes on" in said
     assert not (out / "report.md").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert run(*BASE, *LONG, "--out", out) is None
     assert same(weights(out / "student"), whole)
 

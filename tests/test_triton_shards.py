@@ -39,7 +39,8 @@ from kdkernels.autograd import what_to_keep
 from kdkernels.backends.triton_ import BACKEND
 from kdkernels.divergences import TABLE, Divergence
 from kdkernels.functional import checked_call, complete
-from kdkernels.shards import Exchange, FusedPhases, Shard
+from kdkernels.fused_shards import FusedPhases
+from kdkernels.shards import Exchange, Shard
 from kdkernels.spec import SHARD_NUMBERS, Call, without_phases
 
 on_triton = pytest.mark.parametrize("backend", ["triton", "streaming"], indirect=True)

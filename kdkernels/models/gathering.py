@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
-from .. import storage
-
 
 def is_sharded(x: Any) -> bool:
     """Whether a tensor is one of parts in several processes (a DTensor), or any parameter of a module is."""
@@ -178,6 +176,8 @@ def _shared_out(x: Any, like: Any) -> Any:
 
 def export(folder: Path, model: Any) -> None:
     """As `storage.export`; of a sharded model, which all processes ask for, the first writes it whole."""
+    from .. import storage  # which imports what losses alone don't need
+
     if not is_sharded(model):
         storage.export(folder, model)
         return
