@@ -41,7 +41,7 @@ class VocabParallel:
     and of the bias, and the hidden states of every row; labels, masks, weights, `kd.TopK` and `kd.Sampled`,
     with class numbers of the whole vocabulary, are the same on every process.
 
-    Per row three all-reduces in the forward pass: a maximum and two sums, 20 to 40 bytes in float32 of two
+    Per row three all-reduces in the forward pass: a maximum and two sums, 4 to 36 bytes in float32 of two
     logits tensors and none in backward; `kd_loss_with_stats` has one all-gather more. The gradient of a
     head's hidden states is a sum over processes, one all-reduce of `[N, d]` in float32.
 
