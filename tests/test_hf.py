@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import os
 import re
 import socket
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -423,3 +425,12 @@ def test_a_copy_is_another_model() -> None:
     other = copy.deepcopy(model)
     other.config.logits_scaling = 2.0
     assert kd.hf.head(other, **batch()).scale == 0.5 and kd.hf.head(model, **batch()).scale == 0.25
+
+
+def test_a_model_that_was_asked_for_its_head_can_die() -> None:
+    model = made("LlamaConfig")
+    alive = [weakref.ref(model), weakref.ref(model.lm_head)]
+    kd.hf.head(model, **batch()).hidden.sum().backward()
+    del model
+    gc.collect()
+    assert [x() for x in alive] == [None, None]

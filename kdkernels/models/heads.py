@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -116,13 +116,21 @@ class _Tap:
     """What stands in for a head while it is left out."""
 
     def __init__(self, model: nn.Module, module: nn.Linear) -> None:
-        self.module: Any = module
+        # Not held: a table of taps by modules would keep each that it has.
+        self._module = ref(module)
         owner = owner_of(model, module)
         self.lending = None if owner is None else Lending(model, owner)
         self.scale, self.softcap = 1.0, None  # type: float, float | None
         self.hidden: Tensor | None = None
         self.raw: Tensor | None = None
         self.tries = False
+
+    @property
+    def module(self) -> Any:
+        """The head, which who calls its model has."""
+        module = self._module()
+        assert module is not None
+        return module
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The hidden states instead of logits; when trying, logits of a few rows, and values to look at."""
