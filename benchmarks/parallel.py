@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def process(rank: int, world: int, folder: str, rows: int, vocab: int, rounds: i
     z, v, y = data(rows, vocab)
     mine, parallel, times = (shard(z), shard(v)), kd.VocabParallel(), {}
     for divergence in TIMED:
-        once = lambda d=divergence: step(*mine, y, d, vocab_parallel=parallel)  # noqa: E731
+        once = partial(step, *mine, y, divergence, vocab_parallel=parallel)
         times[str(divergence)] = best(once, rounds, dist.barrier)
     Path(folder, f"{rank}.json").write_text(json.dumps({"counted": found, "times": times}))
     dist.destroy_process_group()

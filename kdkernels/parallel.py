@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .backends import cpu, triton_
-from .caller import while_tracing
+from .caller import warn_once, while_tracing
 from .fused_shards import FusedPhases
 from .registry import only_by_name
 from .shards import Exchange, Phases, Shard
@@ -41,9 +41,10 @@ class VocabParallel:
     and of the bias, and the hidden states of every row; labels, masks, weights, `kd.TopK` and `kd.Sampled`,
     with class numbers of the whole vocabulary, are the same on every process.
 
-    Per row three all-reduces in the forward pass: a maximum and two sums, 4 to 36 bytes in float32 of two
-    logits tensors and none in backward; `kd_loss_with_stats` has one all-gather more. The gradient of a
-    head's hidden states is a sum over processes, one all-reduce of `[N, d]` in float32.
+    In the forward pass there are at most three all-reduces, of a maximum and two sums of each row, 4 to 36
+    bytes in float32 of two logits tensors, and in backward none; `kd_loss_with_stats` has one all-gather
+    more. The gradient of a head's hidden states is a sum over processes, one all-reduce of `[N, d]` in
+    float32.
 
     At its first use the processes tell each other how many classes they have; so make one, and use it for
     every call on the same vocabulary.
@@ -162,8 +163,17 @@ def reason(name: str, call: Call) -> str | None:
 def choose(name: str | None, call: Call) -> str:
     """The backend whose phases a call has: the named one or an error, else the first that can."""
     if name is None:
-        unasked = [b for b in _FUSED if not only_by_name(_FUSED[b], call.student.device.type)]
-        return next(b for b in (*unasked, "reference") if reason(b, call) is None)
+        device = call.student.device.type
+        unasked = [b for b in _FUSED if not only_by_name(_FUSED[b], device)]
+        chosen = next(b for b in (*unasked, "reference") if reason(b, call) is None)
+        if chosen == "reference" and device not in ("cpu", "meta"):
+            reasons = "; ".join(f"{b}: {reason(b, call)}" for b in unasked)
+            warn_once(
+                f"unfused shards on {device}",
+                f"kdkernels runs shards of a vocabulary unfused, on backend='reference', for {device} "
+                f"tensors ({reasons})",
+            )
+        return chosen
     if (why := reason(name, call)) is not None:
         raise RuntimeError(
             f"backend={name!r} can't run this call: {why}; backend=None picks one that can, and kd.explain "
@@ -178,9 +188,11 @@ def backend_name(parallel: VocabParallel, shards: tuple[int, ...], phases: str |
     return f"{_PREFIX} {sizes} {int(parallel.reduce_hidden_grad)} {phases} {parallel.name}"
 
 
-@lru_cache(maxsize=256)
 def backend(name: str | None) -> Sharded | None:
-    """The backend of such a name; None for any other."""
+    """The backend of such a name; None for any other.
+
+    It is made anew: by now there may be another group of that name.
+    """
     if name is None or not name.startswith(_PREFIX):
         return None
     _, sizes, reduces, phases, group = name.split(" ", 4)
@@ -299,7 +311,7 @@ def is_distributed(source: Any) -> bool:
 
 def _is_dtensor(x: Any) -> bool:
     # The class would first have to be imported, and of plain tensors nothing has to be asked.
-    return type(x) not in (Tensor, nn.Parameter) and hasattr(x, "full_tensor") and hasattr(x, "placements")
+    return type(x) not in (Tensor, nn.Parameter) and hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
 def localised(student: Any, teacher: Any, labels: Any, options: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -317,25 +329,33 @@ def localised(student: Any, teacher: Any, labels: Any, options: dict[str, Any]) 
         options[name] = _local(name, options[name], found, None)
     if not found:
         return student, teacher, labels
-    given, groups = (
-        options["vocab_parallel"],
-        {mesh.get_group(at).group_name: (mesh, at) for mesh, at, _ in found},
-    )
+    given, groups = options["vocab_parallel"], {group for group, _ in found}
     if len(groups) > 1:
         raise ValueError(
             "student and teacher must be sharded over the same processes, got DTensors of "
             f"{len(groups)} groups: redistribute one of them"
         )
     if given is None:
-        mesh, at, sizes = found[0]
-        options["vocab_parallel"] = made = VocabParallel(mesh.get_group(at))
-        _KNOWN[made.number] = sizes  # nobody has to be asked
+        options["vocab_parallel"] = _as_dtensors_say(*found[0])
     elif given.name not in groups:
         raise ValueError(
             "vocab_parallel must be of the processes that the DTensors are sharded over, and is of others: "
             "leave it out, and it is taken from them"
         )
     return student, teacher, labels
+
+
+@while_tracing
+def _as_dtensors_say(group: str, sizes: tuple[int, ...]) -> VocabParallel:
+    """The processes of a group and how many classes each has: nobody has to be asked."""
+    if (group, sizes) not in _SAID:
+        made = _SAID[group, sizes] = VocabParallel(_group(group))
+        _KNOWN[made.number] = [*sizes]
+    return _SAID[group, sizes]
+
+
+# Kept, since a graph that was made with one goes on with it.
+_SAID: dict[tuple[str, tuple[int, ...]], VocabParallel] = {}
 
 
 def _local_source(name: str, source: Any, found: list[Any], told: bool) -> Any:
@@ -387,11 +407,12 @@ def _local(what: str, x: Any, found: list[Any], dim: int | None) -> Any:
             f"Shard({classes}), pass .full_tensor(), or, sharded over rows, .to_local() with num_items; the "
             "weight of a head that FSDP shards is whole within its module's forward, and in kd.hf.head"
         )
-    found.append((mesh, sharded[0], _sizes(x.shape[classes], mesh.size(sharded[0]))))
+    at = sharded[0]
+    found.append((mesh.get_group(at).group_name, _sizes(x.shape[classes], mesh.size(at))))
     return x.to_local()
 
 
-def _sizes(classes: int, processes: int) -> list[int]:
+def _sizes(classes: int, processes: int) -> tuple[int, ...]:
     """How many classes processes have of a DTensor: as many as torch.chunk gives."""
     most = -(-classes // processes)
-    return [max(0, min(most, classes - most * rank)) for rank in range(processes)]
+    return tuple(max(0, min(most, classes - most * rank)) for rank in range(processes))

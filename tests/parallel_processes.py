@@ -41,6 +41,7 @@ from kdkernels.bench.traffic import counted
 from kdkernels.divergences import TABLE
 
 CASES: dict[str, Callable[[], None]] = {}
+STORES: list[str] = []  # where processes have met
 EXAMPLES = hypothesis.settings(
     max_examples=60, derandomize=True, database=None, deadline=None,
     suppress_health_check=list(HealthCheck), phases=[hypothesis.Phase.generate],
@@ -58,19 +59,21 @@ def main(rank: int, world: int, folder: str) -> None:
     run(CASES, rank, world, folder)
 
 
-def run(cases: dict[str, Callable[[], None]], rank: int, world: int, folder: str) -> None:
-    """These, in one of the processes."""
-    torch.set_num_threads(1)
+def start(rank: int, world: int, store: str) -> None:
+    """The processes meet, by a file that is not there yet."""
     # Of the interfaces that there are, the one that needs no network.
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    STORES.append(store)
     dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
+
+
+def run(cases: dict[str, Callable[[], None]], rank: int, world: int, folder: str) -> None:
+    """These, in one of the processes."""
+    torch.set_num_threads(1)
+    start(rank, world, f"{folder}/store")
     found: dict[str, str | None] = {}
     for name, function in cases.items():
         torch.manual_seed(0)
@@ -676,6 +679,43 @@ def compiled() -> None:
 
 
 @case
+def compiled_of_any_kind() -> None:
+    """Noise without a seed, stats, stored teachers, mixtures and DTensors: as eager, in one graph."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    vp, mesh = kd.VocabParallel(), init_device_mesh("cpu", (dist.get_world_size(),))
+    z, v, labels = torch.randn(6, 41), torch.randn(6, 41), torch.randint(41, (6,))
+    log_probs, ids = v.log_softmax(-1).topk(5)
+    noise = kd.LogitNoise(0.3)
+    v_mine, v_sharded = shard_like_dtensors(v), distribute_tensor(v, mesh, [Shard(1)])
+    calls: dict[str, Callable[[Any], Tensor]] = {
+        "noise": lambda z: kd.kd_loss(z, v_mine, student_noise=noise, vocab_parallel=vp),
+        "stats": lambda z: kd.kd_loss_with_stats(z, v_mine, labels, hard_weight=0.1, vocab_parallel=vp)[0],
+        "stored": lambda z: kd.kd_loss(z, kd.TopK(ids, log_probs), vocab_parallel=vp),
+        "mixture": lambda z: kd.kd_loss(z, kd.Mixture([v_mine, v_mine + 1]), vocab_parallel=vp),
+        "dtensors": lambda z: kd.kd_loss(z, v_sharded, labels, hard_weight=0.1),
+    }
+    for name, call in calls.items():
+        found = []
+        torch._dynamo.reset()
+        for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+            torch.manual_seed(5)
+            leaf = distribute_tensor(z, mesh, [Shard(1)]) if name == "dtensors" else shard_like_dtensors(z)
+            leaf = leaf.detach().clone().requires_grad_()
+            loss = function(leaf)
+            loss.backward()
+            grad = leaf.grad.to_local() if name == "dtensors" else leaf.grad
+            found.append((loss.detach(), grad))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), name
+
+
+def shard_like_dtensors(x: Tensor) -> Tensor:
+    """This process's classes, as torch.chunk gives them."""
+    return x.chunk(dist.get_world_size(), -1)[dist.get_rank()].clone()
+
+
+@case
 def noise_without_a_seed_is_the_same_everywhere() -> None:
     """The first process's; in backward again, where float16 has to have it twice."""
     z, v = torch.randn(6, 40), torch.randn(6, 40)
@@ -831,3 +871,21 @@ def what_is_explained_and_kept() -> None:
     assert torch.equal(module(z, v), kd.kd_loss(z, v, temperature=2.0, vocab_parallel=vp))
     computed = computing_dtype(torch.float64)
     assert kd.kd_loss(z.double(), v.double(), vocab_parallel=vp).dtype == computed
+
+
+@case
+def groups_of_a_later_world() -> None:
+    """What was known of a group isn't taken for another one of its name, with other ranks; the last case."""
+    z, v, labels = torch.randn(4, 40), torch.randn(4, 40), torch.arange(4) * 11
+    expected = kd.kd_loss(z, v, labels, hard_weight=1.0, backend="reference")
+
+    def check() -> None:
+        options = {"hard_weight": 1.0, "vocab_parallel": kd.VocabParallel()}
+        torch.testing.assert_close(kd.kd_loss(mine(z), mine(v), labels, **options), expected)
+
+    check()
+    dist.barrier()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    start(world - 1 - rank, world, f"{STORES[-1]}+")
+    check()
