@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import kdkernels as kd
-from benchmarks import eager, liger
-from kdkernels.bench import roofline
+from benchmarks import liger
+from kdkernels.bench import eager, roofline
 
 LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import eager, liger
+from benchmarks import liger
 from benchmarks.cases import DTYPES, OBJECTIVES, Case, Inputs, LossFn, Verdict, failure, verdict
 from kdkernels import bench
-from kdkernels.bench import roofline
+from kdkernels.bench import eager, roofline
 
 SCHEMA = 1
 PRELOAD = ("torch", "benchmarks.gpu")

@@ -26,7 +26,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.eager import Loss
+from kdkernels.bench.eager import Loss
 
 
 def missing() -> str | None:

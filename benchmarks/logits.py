@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 import kdkernels as kd
-from benchmarks import eager
 from benchmarks.cases import DTYPES as KNOWN
 from benchmarks.cases import (
     OBJECTIVES,
@@ -39,7 +38,7 @@ from benchmarks.cases import (
 )
 from benchmarks.logits_report import BUSY, SHOWN, SMALL, SMALLEST_FOR_MEMORY, markdown, notes, tables, targets
 from kdkernels import bench
-from kdkernels.bench import roofline
+from kdkernels.bench import eager, roofline
 from kdkernels.bench.report import command_line
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,10 +20,10 @@ from torch import Tensor
 import kdkernels as kd
 from benchmarks import audit_losses
 from benchmarks.audit import examined, summary, write
-from benchmarks.eager import SPELLINGS
 from kdkernels import audit_cli
 from kdkernels.auditing import Audit, Line
 from kdkernels.auditing.truth import Sides, families
+from kdkernels.bench.eager import SPELLINGS
 
 ROOT = Path(__file__).parent.parent
 BOTH, TEACHER_ONLY = "−inf logits on both sides", "−inf logits of the teacher only"

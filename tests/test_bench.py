@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import eager, logits, logits_report
+from benchmarks import logits, logits_report
 from kdkernels import bench
-from kdkernels.bench import roofline
+from kdkernels.bench import eager, roofline
 from kdkernels.bench.timing import WallClock, round_order
 
 ROOT = Path(__file__).parent.parent

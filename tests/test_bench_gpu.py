@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import benchmarks.__main__
-from benchmarks import cases, eager, gpu, gpu_harness, gpu_report, gpu_tune, liger
+from benchmarks import cases, gpu, gpu_harness, gpu_report, gpu_tune, liger
 from benchmarks.cases import Case, Method
 from kdkernels import bench, tuning
+from kdkernels.bench import eager
 from kdkernels.bench.timing import CudaClock, WallClock, repeats_for
 
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,11 @@
-"""The loss as users of PyTorch write it, in three honest spellings for each divergence, and its fp64 truth.
+"""The loss as users of PyTorch write it, in honest spellings, and its fp64 truth.
 
 Every spelling takes ``(z, v, labels, temperature, hard_weight)`` (student and teacher logits, both ``[N,
 V]``) and returns the mean over the rows. All of them upcast to fp32 first, and once: a softmax in bf16 would
 be faster and wrong, and logits that are upcast twice have their two gradients added in bf16.
+
+``definition``
+    the terms of `TERMS` summed over the classes, for any divergence.
 
 ``kl_div``
     ``F.kl_div`` against probabilities (``F.cross_entropy`` for the soft cross-entropy): what most code says.
@@ -11,6 +14,8 @@ be faster and wrong, and logits that are upcast twice have their two gradients a
 ``closed_form``
     a custom ``autograd.Function`` that writes the gradient by hand in forward, in place where it can, and
     scales it out of place in backward, so that a second backward through a kept graph is still right.
+
+``"cross_entropy"`` is no divergence: the labels alone, what is left of a distillation without its teacher.
 """
 
 from __future__ import annotations
@@ -24,6 +29,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
+# The term of each class from log q and log p. Here kd.JSD(0.5), kd.SkewKL(0.1) and kd.SkewReverseKL(0.1).
+Terms = Callable[[Tensor, Tensor], Tensor]
+
+LABELS = "cross_entropy"
+
+
+def _mixed(lq: Tensor, lp: Tensor, of_teacher: float) -> Tensor:
+    return torch.logaddexp(lp + math.log(of_teacher), lq + math.log1p(-of_teacher))
+
+
+def _jsd_terms(lq: Tensor, lp: Tensor) -> Tensor:
+    lm = _mixed(lq, lp, 0.5)
+    return 0.5 * (lp.exp() * (lp - lm) + lq.exp() * (lq - lm))
+
+
+TERMS: dict[str, Terms] = {
+    "forward_kl": lambda lq, lp: lp.exp() * (lp - lq),
+    "soft_cross_entropy": lambda lq, lp: -lp.exp() * lq,
+    "reverse_kl": lambda lq, lp: lq.exp() * (lq - lp),
+    "jsd": _jsd_terms,
+    "skew_kl": lambda lq, lp: lp.exp() * (lp - _mixed(lq, lp, 0.1)),
+    "skew_reverse_kl": lambda lq, lp: lq.exp() * (lq - _mixed(lq, lp, 0.9)),
+    "tvd": lambda lq, lp: 0.5 * (lq.exp() - lp.exp()).abs(),
+    "squared_error": lambda lq, lp: 0.5 * (lq.exp() - lp.exp()) ** 2,
+}
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
@@ -117,6 +147,20 @@ def jsd_log_target(z: Tensor, v: Tensor, labels: Tensor, temperature: float, har
     return _with_hard(soft, z, labels, temperature, hard_weight)
 
 
+def _definition(terms: Terms) -> Loss:
+    def loss(z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float) -> Tensor:
+        z, v = z.float(), v.float()
+        soft = terms(_log_probs(z, temperature), _log_probs(v, temperature)).sum(-1).mean()
+        return _with_hard(soft, z, labels, temperature, hard_weight)
+
+    return loss
+
+
+def labels_alone(z: Tensor, v: Tensor, labels: Tensor, temperature: float, hard_weight: float) -> Tensor:
+    """``F.cross_entropy``; the other arguments don't matter."""
+    return F.cross_entropy(z.float(), labels)
+
+
 def _close(
     ctx: Any,
     z: Tensor,
@@ -202,6 +246,7 @@ class _JSD(_ClosedForm):
         return _close(ctx, z, dtype, labels, 0.5 * (p_terms + q_terms), gradient, temperature, hard_weight)
 
 
+_WITH_SPELLINGS = ("forward_kl", "reverse_kl", "soft_cross_entropy", "jsd")
 SPELLINGS: dict[str, dict[str, Loss]] = {
     "forward_kl": {
         "kl_div": forward_kl_kl_div,
@@ -223,6 +268,8 @@ SPELLINGS: dict[str, dict[str, Loss]] = {
         "log_target": jsd_log_target,
         "closed_form": cast(Loss, _JSD.apply),
     },
+    **{name: {"definition": _definition(TERMS[name])} for name in TERMS if name not in _WITH_SPELLINGS},
+    LABELS: {"cross_entropy": labels_alone},
 }
 
 # What torch.compile is given: what came out fastest on two cores at (256, 32000) in fp32. For forward KL and
@@ -235,6 +282,8 @@ COMPILED: dict[str, tuple[str, ...]] = {
     "reverse_kl": ("closed_form",),
     "soft_cross_entropy": ("log_target",),
     "jsd": ("log_target", "kl_div", "closed_form"),
+    **{name: ("definition",) for name in TERMS if name not in _WITH_SPELLINGS},
+    LABELS: ("cross_entropy",),
 }
 
 
@@ -284,27 +333,20 @@ def truth_parts(
     Yields:
         The rows, what they add to the mean loss (0-d), and their part of its gradient.
     """
+    if divergence not in SPELLINGS:
+        raise ValueError(f"divergence must be one of {', '.join(SPELLINGS)}, got {divergence!r}")
     count = z.shape[0]
     for start in range(0, count, rows):
         part = slice(start, start + rows)
         wide = z[part].detach().double().to(device).requires_grad_()
         lq = F.log_softmax(wide / temperature, -1)
         lp = F.log_softmax(v[part].detach().double().to(device) / temperature, -1)
-        p, q = lp.exp(), lq.exp()
-        if divergence == "forward_kl":
-            soft = p * (lp - lq)
-        elif divergence == "reverse_kl":
-            soft = q * (lq - lp)
-        elif divergence == "soft_cross_entropy":
-            soft = -p * lq
-        elif divergence == "jsd":
-            lm = ((p + q) / 2).log()
-            soft = (p * (lp - lm) + q * (lq - lm)) / 2
+        if divergence == LABELS:
+            loss, weight = wide.new_zeros(()), 1.0
         else:
-            raise ValueError(f"divergence must be one of {', '.join(SPELLINGS)}, got {divergence!r}")
-        loss = soft.sum() * temperature**2
-        if hard_weight:
-            loss = loss + hard_weight * F.cross_entropy(wide, labels[part].to(device), reduction="sum")
+            loss, weight = TERMS[divergence](lq, lp).sum() * temperature**2, hard_weight
+        if weight:
+            loss = loss + weight * F.cross_entropy(wide, labels[part].to(device), reduction="sum")
         loss = loss / count
         (gradient,) = torch.autograd.grad(loss, wide)
         yield part, loss.detach(), gradient
