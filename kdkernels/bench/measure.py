@@ -1,0 +1,422 @@
+"""Measures points: peak memory, errors against fp64, times beside a ceiling, and the cost against V and N.
+
+Of each point every contestant's peak memory is taken in a process of its own; then one process checks all of
+them against fp64 and times those that are right, interleaved round by round, on input sets that rotate. A
+contestant that is wrong is shown as such and not timed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import __version__
+from . import contestants, eager
+from .contestants import OURS, Entry
+from .isolated import ProcessDied, run_isolated
+from .memory import Peak, peak_growth, raise_malloc_thresholds
+from .report import Progress, environment
+from .timing import Contestant, Neighbours, Timing, clock_for, race
+from .workloads import Point, floor, workload
+
+SCHEMA = 1
+# Below this much a tensor, thread stacks and malloc's slack would drown a peak.
+SMALLEST_FOR_MEMORY = 8_000_000
+# How many processes may say nothing, in seconds: one of them compiles.
+PATIENCE = 600.0
+PRELOAD = ("torch", __name__)
+Send = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all points.
+
+    Attributes:
+        threads: Of torch.
+        rounds: Timed rounds of a point at least, unless `seconds` are over.
+        seconds: About how long a point's rounds go on.
+        compiled: Whether `torch.compile` takes part.
+        memory: Whether peak memory is taken.
+        raised: Whether glibc's thresholds are raised first, so that what is freed is kept.
+        modules: Other contestants; see `contestants`.
+    """
+
+    threads: int
+    rounds: int = 10
+    seconds: float = 2.0
+    compiled: bool = True
+    memory: bool = True
+    raised: bool = False
+    modules: tuple[str, ...] = ()
+
+
+def measure(points: Sequence[Point], settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
+    """Measures points one after another.
+
+    Args:
+        points: What to measure, each once.
+        settings: How.
+        progress: Where to say how far it is; a new one by default.
+
+    Returns:
+        A JSON object: `environment`, `versions`, `settings`, `points` with a list of `entries` each,
+        `missing` with reasons, and `exponents`.
+    """
+    progress = progress or Progress()
+    points = list(dict.fromkeys(points))
+    plan = [(point, *takes_part(point, settings)) for point in points]
+    device = torch.device(points[0].device if points else "cpu")
+    system = environment(device, settings.threads)
+    peaks = _all_peaks([(p, who) for p, who, _ in plan], settings, progress) if settings.memory else {}
+    measured = []
+    with progress.phase("times", len(plan)):
+        for point, who, _ in plan:
+            progress.step(str(point), 0)
+            found = _timed(point, who, settings, partial(progress.step, count=0))
+            measured.append(_point_document(point, who, found, peaks))
+            progress.step(str(point))
+            progress.say(summary(measured[-1]))
+    return {
+        "schema": SCHEMA,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "kdkernels": __version__,
+        "versions": contestants.versions(settings.modules),
+        "environment": system,
+        "settings": asdict(settings),
+        "phases_s": progress.seconds,
+        "missing": {name: why for _, _, missing in plan for name, why in missing.items()},
+        "points": measured,
+        "exponents": exponents(measured),
+    }
+
+
+def takes_part(point: Point, settings: Settings) -> tuple[list[Entry], dict[str, str]]:
+    """The contestants of a point."""
+    who, missing = contestants.everyone(point, settings.modules)
+    if not settings.compiled:
+        who = [each for each in who if each.family != contestants.COMPILED]
+    return who, missing
+
+
+# What runs in processes of its own.
+
+
+def _prepare(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    warnings.simplefilter("ignore")
+    if settings.raised and not raise_malloc_thresholds():
+        raise OSError("mallopt refused the thresholds")
+
+
+def memory_process(send: Send, point: Point, entry: Entry, settings: Settings) -> Peak | None:
+    """Peak memory of one step beyond its inputs, in a process that nothing else ran in."""
+    _prepare(replace(settings, raised=False))
+    run = workload(point, sets=1).step(contestants.build_any(entry, point))
+    return peak_growth(lambda: run(0), torch.device(point.device))
+
+
+def time_process(send: Send, point: Point, who: list[Entry], settings: Settings) -> dict[str, Any]:
+    """Errors of all contestants of a point, and the times of those that are right."""
+    _prepare(settings)
+    made = workload(point)
+    send(f"{point}: fp64 truth")
+    truth = made.truth()
+    verdicts: dict[str, dict[str, Any]] = {}
+    running: list[Contestant] = []
+    for entry in who:
+        send(f"{point}: {entry.name} against fp64")
+        try:
+            run = made.step(contestants.build_any(entry, point))
+            errors = made.errors(run(0), truth)
+        except Exception as error:  # a contestant's own code
+            verdicts[entry.name] = {"problem": _failure(error), "errors": None}
+            continue
+        problem = made.wrong(errors)
+        verdicts[entry.name] = {"problem": problem, "errors": [_finite(x) for x in errors]}
+        if problem is None:
+            running.append(Contestant(entry.name, run))
+    del truth
+    ceilings = made.ceilings()
+    neighbours = Neighbours()
+    timings = race(
+        running + ceilings,
+        sets=len(made.sets),
+        clock=clock_for(torch.device(point.device)),
+        min_rounds=settings.rounds,
+        min_seconds=settings.seconds,
+        max_seconds=3 * settings.seconds,
+        on_round=lambda number: send(f"{point}: round {number + 1}"),
+    )
+    best = min((c.name for c in ceilings), key=lambda name: timings[name].best)
+    work = made.ceiling_work()
+    return {
+        "verdicts": verdicts,
+        "timings": {c.name: timings[c.name] for c in running},
+        "ceiling": {
+            "name": best,
+            "best_ms": timings[best].best * 1e3,
+            "bytes_per_s": work.bytes / timings[best].best if not work.flops else None,
+            "flops_per_s": work.flops / timings[best].best if work.flops else None,
+        },
+        "sets": len(made.sets),
+        "other_cpus": neighbours.cpus(),
+    }
+
+
+def _failure(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[-1][:200]}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# What runs here.
+
+
+def _all_peaks(
+    plan: list[tuple[Point, list[Entry]]], settings: Settings, progress: Progress
+) -> dict[tuple[Point, str], Peak | str | None]:
+    """Peaks of contestants whose tensors are large enough, as many processes at once as there are CPUs.
+
+    Nothing is timed here, and what is compiled is in the compiler's cache afterwards.
+    """
+    jobs = [(p, e) for p, who in plan for e in who if p.tensor_bytes >= SMALLEST_FOR_MEMORY]
+
+    def run(job: tuple[Point, Entry]) -> Peak | str | None:
+        try:
+            found: Peak | None = run_isolated(
+                memory_process, *job, settings, preload=PRELOAD, patience=PATIENCE
+            )
+        except ProcessDied as error:
+            return str(error).strip().splitlines()[-1][:200]
+        return found
+
+    at_once = 1 if any(p.device != "cpu" for p, _ in jobs) else max(1, os.cpu_count() or 1)
+    peaks: dict[tuple[Point, str], Peak | str | None] = {}
+    with progress.phase("peak memory", len(jobs)), ThreadPoolExecutor(at_once) as pool:
+        try:
+            for (point, entry), peak in zip(jobs, pool.map(run, jobs), strict=True):
+                progress.step(f"{point} {entry.name}")
+                peaks[point, entry.name] = peak
+        except BaseException:
+            # Interrupted: leaving the pool would otherwise wait for every job that is still in line.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return peaks
+
+
+def _timed(
+    point: Point, who: list[Entry], settings: Settings, say: Callable[[str], None]
+) -> dict[str, Any] | str:
+    try:
+        found: dict[str, Any] = run_isolated(
+            time_process, point, who, settings, on_message=say, preload=PRELOAD, patience=PATIENCE
+        )
+    except ProcessDied as error:
+        return str(error).strip().splitlines()[-1][:200]
+    return found
+
+
+def _point_document(
+    point: Point,
+    who: list[Entry],
+    found: dict[str, Any] | str,
+    peaks: dict[tuple[Point, str], Peak | str | None],
+) -> dict[str, Any]:
+    least = floor(point)
+    failed = found if isinstance(found, str) else None
+    result: dict[str, Any] = {} if isinstance(found, str) else found
+    timings: dict[str, Timing] = result.get("timings", {})
+    ceiling = result.get("ceiling")
+    ours = contestants.default(point)
+    documents = []
+    for entry in who:
+        verdict = result.get("verdicts", {}).get(entry.name, {"problem": failed, "errors": None})
+        peak = peaks.get((point, entry.name))
+        timing = timings.get(entry.name)
+        documents.append(
+            {
+                "name": entry.name,
+                "family": entry.family,
+                "spelling": entry.spelling,
+                "problem": verdict["problem"],
+                "loss_error": verdict["errors"][0] if verdict["errors"] else None,
+                "gradient_error": verdict["errors"][1] if verdict["errors"] else None,
+                "time": None if timing is None else _time_document(timing, least, ceiling, timings.get(ours)),
+                "peak_bytes": peak.bytes if isinstance(peak, Peak) else None,
+                "peak_method": peak.method if isinstance(peak, Peak) else peak,
+            }
+        )
+    return {
+        "point": asdict(point),
+        "tensor_bytes": point.tensor_bytes,
+        "floor": asdict(least),
+        "ceiling": ceiling,
+        "sets": result.get("sets"),
+        "other_cpus": result.get("other_cpus"),
+        "ours": ours,
+        "entries": documents,
+    }
+
+
+def _time_document(
+    timing: Timing, least: Any, ceiling: dict[str, Any] | None, ours: Timing | None
+) -> dict[str, Any]:
+    """The figures of one contestant; `ratio` is the median over rounds of its time over that of `kd_loss`."""
+    unit = "flops" if least.flops else "bytes"
+    rate = getattr(least, unit) / timing.best
+    most = ceiling[f"{unit}_per_s"] if ceiling else None
+    ratio = None
+    if ours is not None:
+        ratio = statistics.median(a / b for a, b in zip(timing.seconds, ours.seconds, strict=True))
+    return {
+        "best_ms": timing.best * 1e3,
+        "median_ms": timing.median * 1e3,
+        "spread": timing.spread,
+        "rounds": len(timing.seconds),
+        "ratio": ratio,
+        f"{unit}_per_s": rate,
+        "share": rate / most if most else None,
+        "page_faults": timing.median_faults,
+    }
+
+
+def fastest(point: dict[str, Any], family: str) -> dict[str, Any] | None:
+    """The entry of a family that has the least median time, of a measured point; of ours the default."""
+    timed = [e for e in point["entries"] if e["family"] == family and e["time"]]
+    if family == OURS:
+        own = [e for e in timed if e["name"] == point["ours"]]
+        timed = own or timed
+    return min(timed, key=lambda e: float(e["time"]["median_ms"]), default=None)
+
+
+def families(points: Iterable[dict[str, Any]]) -> list[str]:
+    """All families that take part, ours first."""
+    found = dict.fromkeys(e["family"] for p in points for e in p["entries"])
+    return [OURS, *(family for family in found if family != OURS)]
+
+
+def described(point: dict[str, Any]) -> Point:
+    """The point of its document."""
+    return Point(**{**point["point"], "widths": tuple(point["point"]["widths"])})
+
+
+def summary(point: dict[str, Any]) -> str:
+    """One line about a point that is done."""
+    own = fastest(point, OURS)
+    parts = []
+    if own is not None:
+        parts.append(f"kd_loss {own['time']['median_ms']:.3g} ms")
+        if (share := own["time"]["share"]) is not None:
+            parts[0] += f" ({100 * share:.0f} % of {point['ceiling']['name']})"
+    for family in families([point])[1:]:
+        peer = fastest(point, family)
+        if peer is not None and peer["time"]["ratio"]:
+            parts.append(f"{family} × {peer['time']['ratio']:.2g}")
+    wrong = [f"{e['name']} {e['problem']}" for e in point["entries"] if e["problem"]]
+    return "; ".join([f"  {described(point)}: {', '.join(parts) or 'nothing was timed'}", *wrong])
+
+
+# Cost against V and N.
+
+AXES = ("vocab", "rows")
+
+
+def exponents(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How time and memory grow: the slope of their logarithms against that of V, and of N.
+
+    A fit needs three sizes at least that differ in nothing else. An exponent of 1 is a cost in proportion.
+    """
+    found = []
+    for axis in AXES:
+        groups: dict[Point, list[dict[str, Any]]] = {}
+        for point in points:
+            anywhere: dict[str, Any] = {axis: 0}
+            groups.setdefault(replace(described(point), **anywhere), []).append(point)
+        for key, members in groups.items():
+            for family in families(members):
+                for figure, value in (("time", _median_time), ("memory", _peak)):
+                    sizes = [(p["point"][axis], value(p, family)) for p in members]
+                    known = sorted((x, y) for x, y in sizes if y)
+                    if len({x for x, _ in known}) >= 3:
+                        found.append(
+                            {
+                                "axis": axis,
+                                "figure": figure,
+                                "family": family,
+                                "fixed": {k: v for k, v in asdict(key).items() if k != axis},
+                                "sizes": [x for x, _ in known],
+                                "exponent": slope(known),
+                            }
+                        )
+    return found
+
+
+def _median_time(point: dict[str, Any], family: str) -> float | None:
+    entry = fastest(point, family)
+    return None if entry is None else float(entry["time"]["median_ms"])
+
+
+def _peak(point: dict[str, Any], family: str) -> float | None:
+    entry = fastest(point, family)
+    return None if entry is None or not entry["peak_bytes"] else float(entry["peak_bytes"])
+
+
+def slope(known: Sequence[tuple[float, float]]) -> float:
+    """The least-squares slope of log y against log x."""
+    x, y = ([math.log(pair[i]) for pair in known] for i in (0, 1))
+    return statistics.linear_regression(x, y).slope
+
+
+# What a run without a selection measures.
+
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": {
+        "logits": {"rows": 64, "vocab": 32_768},
+        "linear": {"rows": 256, "vocab": 32_768, "widths": (256, 384)},
+        "sparse": {"rows": 64, "vocab": 32_768},
+    },
+    "cuda": {
+        "logits": {"rows": 4096, "vocab": 131_072, "dtype": "bfloat16"},
+        "linear": {"rows": 4096, "vocab": 131_072, "dtype": "bfloat16", "widths": (2048, 4096)},
+        "sparse": {"rows": 4096, "vocab": 131_072, "dtype": "bfloat16"},
+    },
+}
+# Sizes around a centre, as factors of it.
+SWEEP_VOCAB, SWEEP_ROWS = (0.25, 1.0, 4.0), (0.25, 1.0, 4.0)
+
+
+def star(device: str, workloads: Sequence[str]) -> list[Point]:
+    """A centre of each workload, and one axis at a time around it: V, N, divergence, T, dtype."""
+    points = []
+    for name in workloads:
+        centre = Point(name, device=device, **DEFAULTS[device][name])
+        points.append(centre)
+        points += [replace(centre, vocab=int(f * centre.vocab)) for f in SWEEP_VOCAB]
+        points += [replace(centre, rows=int(f * centre.rows)) for f in SWEEP_ROWS]
+        points.append(replace(centre, divergence="jsd"))
+        points.append(replace(centre, temperature=2.0, hard_weight=0.1))
+        points.append(replace(centre, dtype="bfloat16" if centre.dtype == "float32" else "float32"))
+        if name != "sparse":
+            points.append(replace(centre, divergence=eager.LABELS))
+    return list(dict.fromkeys(points))
+
+
+def centres(device: str, workloads: Sequence[str]) -> list[Point]:
+    """The middle of each workload alone."""
+    return [Point(name, device=device, **DEFAULTS[device][name]) for name in workloads]
