@@ -6,13 +6,14 @@ Such a module has two functions and, if it likes, a third:
     build(entry, point) -> loss                          # as `workloads` calls it
     versions() -> dict of str                            # of the packages it stands for
 
-It is named by its import path, since what is measured runs in processes of its own.
+It is named by its import path, since what is measured runs in processes of its own. A name with a colon,
+`module:function` or `file.py:function`, is a loss of logits: one's own, beside the others.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..audit_cli import load
+from ..auditing.adapter import AUTO, detect
 from ..divergences import JSD, SkewKL, SkewReverseKL
 from ..sources import Head
 from ..sparse import Sampled, TopK
@@ -145,13 +148,52 @@ def _ours(point: Point, backend: str) -> Loss:
     return named[point.workload]
 
 
+@dataclass(frozen=True)
+class Own:
+    """A loss that somebody names, in the place of a module; called by name with what its signature has.
+
+    It takes logits of student and teacher, and, where it has arguments of such names, labels and a
+    temperature.
+    """
+
+    named: str
+
+    def entries(self, point: Point) -> tuple[list[Entry], dict[str, str]]:
+        """It takes part where logits and a teacher are all that a loss is of."""
+        why = None
+        if point.workload != "logits" or point.divergence == eager.LABELS or point.hard_weight:
+            return [], {}
+        if point.temperature != 1.0 and "temperature" not in self._names():
+            why = "its signature has no temperature"
+        entry = Entry("yours", self.named.rpartition(":")[2], self.named)
+        return ([entry], {}) if why is None else ([], {entry.name: why})
+
+    def build(self, entry: Entry, point: Point) -> Loss:
+        """The function, called as `workloads` calls a loss of logits."""
+        function, names = load(self.named), self._names()
+
+        def loss(z: Tensor, v: Tensor, labels: Tensor, T: float, hard_weight: float) -> Tensor:
+            given = {names[ours]: x for ours, x in (("labels", labels), ("temperature", T)) if ours in names}
+            return function(z, v, **given)
+
+        return loss
+
+    def _names(self) -> Mapping[str, str]:
+        return detect(load(self.named), {}, {}, AUTO).names
+
+
 # Those of several modules.
+
+
+def provider(name: str) -> Any:
+    """A module by its import path, or the loss that a name with a colon stands for."""
+    return Own(name) if ":" in name else importlib.import_module(name)
 
 
 def everyone(point: Point, modules: Sequence[str] = ()) -> tuple[list[Entry], dict[str, str]]:
     """The entries of this module and of others, and why some can't take part."""
     found, missing = entries(point)
-    for module in map(importlib.import_module, modules):
+    for module in map(provider, modules):
         more, why = module.entries(point)
         found += more
         missing.update(why)
@@ -159,14 +201,14 @@ def everyone(point: Point, modules: Sequence[str] = ()) -> tuple[list[Entry], di
 
 
 def build_any(entry: Entry, point: Point) -> Loss:
-    """The loss of an entry, by the module that it is of."""
-    made: Loss = importlib.import_module(entry.module).build(entry, point)
+    """The loss of an entry, by what it is of."""
+    made: Loss = provider(entry.module).build(entry, point)
     return made
 
 
 def versions(modules: Sequence[str]) -> dict[str, str]:
     """Of all packages that the modules stand for."""
     told: dict[str, str] = {}
-    for module in map(importlib.import_module, modules):
+    for module in map(provider, modules):
         told.update(getattr(module, "versions", dict)())
     return told
