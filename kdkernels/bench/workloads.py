@@ -29,8 +29,8 @@ from .timing import Contestant
 
 WORKLOADS = ("logits", "linear", "sparse")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The factor on every gradient, as a gradient scaler puts it there: without it those of float16 are subnormal. It
-# is below the largest float16, which spellings that scale by it in float16 need.
+# The factor on every gradient, as a gradient scaler puts it there: without it those of float16 are subnormal.
+# Below the largest float16, which spellings that scale by it in float16 need.
 LOSS_SCALE = {"float16": 2.0**14}
 
 # How far a loss may be from fp64 before it is another one. A gradient of logits is held to its row's largest
