@@ -1,4 +1,4 @@
-"""The command line: `kdkernels info | demo | cache | distill | audit`."""
+"""The command line: `kdkernels info | demo | bench | cache | distill | audit`."""
 
 # No `from __future__ import annotations`: typer reads the commands' annotations, which live inside `build`.
 import importlib.metadata
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from . import __version__, audit_cli, cache_cli, distill_cli, registry
+from . import __version__, audit_cli, bench_cli, cache_cli, distill_cli, registry
 from .backends import cpu, cuda_ahead, cuda_build
 from .backends.cuda_build import Build
 
@@ -181,6 +181,7 @@ def build() -> "typer.Typer":
     app.add_typer(cache_cli.build())
     distill_cli.register(app)
     audit_cli.register(app)
+    bench_cli.register(app)
     return app
 
 

@@ -79,8 +79,13 @@ def _colours(points: Sequence[dict[str, Any]]) -> dict[str, str]:
 def _curves(points: Sequence[dict[str, Any]]) -> Any:
     from matplotlib.figure import Figure
 
-    panels = [p for p in PANELS if len(sweep(points, p[0])) > 1]
     colours = _colours(points)
+    panels = [
+        panel
+        for panel in PANELS
+        if len(chosen := sweep(points, panel[0])) > 1
+        and any(panel[3](point, family) is not None for point in chosen for family in colours)
+    ]
     figure = Figure(figsize=(4.0 * len(panels), 3.6), layout="constrained")
     for axes, (axis, title, unit, value) in zip(
         figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True
