@@ -338,7 +338,18 @@ def test_an_adapted_model_gets_all_that_it_knows() -> None:
 def test_keys_and_values_of_the_past_are_not_kept() -> None:
     model = made("LlamaConfig")
     assert model.config.use_cache and {*heads.outputs(model, batch())} == {"head"}
-    assert heads.outputs(model, {**batch(), "use_cache": True})["past_key_values"] is not None
+    kept = heads.outputs(model, {**batch(), "use_cache": True})
+    (past,) = {"cache", "past_key_values"} & {*kept}  # transformers 5.24 renamed it
+    assert kept[past] is not None
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_past_that_is_given_is_used_by_either_of_its_names(name: str) -> None:
+    model, ids = made("LlamaConfig"), batch()["input_ids"]
+    before = model(input_ids=ids[:, :3], use_cache=True)
+    past = before["cache" if "cache" in before else "past_key_values"]
+    given = calls.inputs(model, {"input_ids": ids[:, 3:], name: past})
+    torch.testing.assert_close(model(**given).logits, model(input_ids=ids).logits[:, 3:])
 
 
 def test_of_several_heads_the_language_models() -> None:

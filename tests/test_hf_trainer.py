@@ -17,12 +17,20 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import kdkernels as kd
 from kdkernels.train import HardLabels, Hint, Objective, SoftTargets
 
 V, T, SOFT, HARD, RATE = 50, 2.0, 0.7, 0.3, 0.5
+IN_ORDER = {"train_sampling_strategy": "sequential"}
+if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:
+    # transformers 5.0 shuffles whatever the arguments say.
+    IN_ORDER = {}
+    Trainer._get_train_sampler = lambda self, rows=None: SequentialSampler(
+        self.train_dataset if rows is None else rows
+    )
 
 
 class KD(kd.hf.DistillMixin, Trainer):  # type: ignore[misc, name-defined]
@@ -60,7 +68,7 @@ def settings(batch: int, accumulate: int, **more: Any) -> dict[str, Any]:
         "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "max_steps": 2,
         "optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
         "logging_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
-        "dataloader_pin_memory": False, "train_sampling_strategy": "sequential",
+        "dataloader_pin_memory": False, **IN_ORDER,
     }  # fmt: skip
     return {**options, **more}
 

@@ -1,4 +1,4 @@
-"""TRL's functions and their replacements return the same."""
+"""TRL's functions and their replacements return the same, where TRL has these; elsewhere it is refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,38 @@ pytest.importorskip("trl")
 
 import torch
 import trl
+from packaging.version import Version
 from torch import Tensor
 
 from kdkernels.integrations import trl as ours
 
 B, S, V = 3, 7, 41
+ROOT = Path(__file__).parent.parent
+
+
+def why_not() -> str | None:
+    """Why this TRL can't be patched, or None."""
+    try:
+        with ours.patched():
+            return None
+    except RuntimeError as error:
+        return str(error)
+
+
+REFUSED = why_not()
+patchable = pytest.mark.skipif(REFUSED is not None, reason=str(REFUSED)[:100])
+
+
+def test_the_releases_that_are_named_are_patched_and_older_ones_refused() -> None:
+    """From the one that docs/migrating.md names to the tested one; of a newer one nothing is promised."""
+    here = Version(trl.__version__)
+    first = re.search(r"TRL (\d+\.\d+) or later", (ROOT / "docs" / "migrating.md").read_text("utf-8"))
+    tested = re.search(r"^trl==(\S+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M)
+    assert first is not None and tested is not None
+    if here < Version(first[1]):
+        assert REFUSED is not None and re.search(r"TRL.*use a version", REFUSED) and not ours._ORIGINALS
+    elif here <= Version(tested[1]):
+        assert REFUSED is None
 
 
 def problem(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
@@ -63,6 +91,7 @@ def both(given: dict[str, Any], learnt: list[str]) -> list[list[Tensor]]:
 HEAD = ["student_hidden_states", "student_lm_head_weight"]
 
 
+@patchable
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_heads(case: dict[str, Any], bias: bool) -> None:
@@ -73,6 +102,7 @@ def test_heads(case: dict[str, Any], bias: bool) -> None:
         torch.testing.assert_close(b.float(), a.float(), rtol=2e-4, atol=2e-6)
 
 
+@patchable
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
 def test_heads_in_every_combination(beta: float, temperature: float) -> None:
@@ -88,6 +118,7 @@ def test_heads_in_every_combination(beta: float, temperature: float) -> None:
             torch.testing.assert_close(b, a, rtol=2e-4, atol=1e-5, msg=lambda m: f"{m}\n{scale} {cap} {mask}")  # noqa: B023
 
 
+@patchable
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float16, torch.float32])
 def test_heads_in_other_precisions(weight: torch.dtype) -> None:
     """Losses and counts are float32's, gradients have what they are of; heads may be kept more precise."""
@@ -99,6 +130,7 @@ def test_heads_in_other_precisions(weight: torch.dtype) -> None:
         torch.testing.assert_close(b.float(), a.float(), rtol=2e-2, atol=1e-2 * float(a.abs().max()))
 
 
+@patchable
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
@@ -124,6 +156,7 @@ def test_logits(beta: float, labelled: bool, reduction: str) -> None:
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
 
 
+@patchable
 def test_what_was_there_is_put_back() -> None:
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
     from trl.trainer import distillation_trainer
@@ -145,6 +178,7 @@ def test_what_was_there_is_put_back() -> None:
     assert now() == before
 
 
+@patchable
 def test_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from trl.trainer import distillation_trainer
 
@@ -166,6 +200,7 @@ def test_another_signature_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.patch()
 
 
+@patchable
 @pytest.mark.parametrize("which", ["gkd", "distillation"])
 def test_twenty_steps_of_training(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss curves of both trainers are the same, patched or not, and each step's loss was made here."""

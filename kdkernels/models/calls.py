@@ -17,6 +17,7 @@ IGNORE_INDEX = -100
 Rows = Literal["causal", "tokens", "samples"]
 # What says where packed sequences end, which layers of some models take, and no forward names.
 _PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+_PAST = "cache", "past_key_values"  # since transformers 5.24, and before
 _WRAPPERS = "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"
 
 
@@ -77,7 +78,10 @@ def inputs(model: Any, batch: Mapping[str, Any], wants: Collection[str] = ()) ->
     found = {name: x for name, x in batch.items() if name in known}
     if model.config.is_encoder_decoder and "decoder_input_ids" not in found and "labels" in batch:
         found["decoder_input_ids"] = _decoder_inputs(model, batch["labels"])
-    if "use_cache" in known and "past_key_values" not in found:
+    past = next((batch[name] for name in _PAST if name in batch), None)
+    if past is not None and not found.keys() & set(_PAST):
+        found |= {name: past for name in _PAST if name in known}
+    if "use_cache" in known and not found.keys() & set(_PAST):
         # Nobody would read the keys and values, and beside them the positions of packed sequences don't keep
         # these from looking at each other.
         found.setdefault("use_cache", False)
