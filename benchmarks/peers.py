@@ -18,7 +18,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,7 +99,6 @@ def _spellings(point: Point) -> list[tuple[str, str, bool]]:
         if known:
             return [
                 ("liger-kernel", "LigerFusedLinearJSDLoss", False),
-                ("liger-kernel", "LigerFusedLinearJSDLoss, not compiled", False),
                 ("trl", "_chunked_divergence_loss", False),
             ]
     return []
@@ -116,8 +115,7 @@ def build(entry: Entry, point: Point) -> Loss:
         "generalized_jsd_loss": _trl_logits,
         "_chunked_divergence_loss": _trl_heads,
         "LigerFusedLinearCrossEntropyLoss": _liger_labels,
-        "LigerFusedLinearJSDLoss": partial(_liger_heads, compiled=True),
-        "LigerFusedLinearJSDLoss, not compiled": partial(_liger_heads, compiled=False),
+        "LigerFusedLinearJSDLoss": _liger_heads,
         "linear_cross_entropy": _cut,
         "chunked_linear_cross_entropy": _quack_heads,
     }
@@ -165,12 +163,12 @@ def _trl_heads(point: Point) -> Loss:
     return loss
 
 
-def _liger_heads(point: Point, compiled: bool) -> Loss:
+def _liger_heads(point: Point) -> Loss:
     beta = BETAS[point.divergence]
     # Its weights are of a hard term and of a soft one without T²; a weight of T² is what its user gives it.
     made = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearJSDLoss(
         weight_hard_loss=point.hard_weight, weight_soft_loss=point.temperature**2, beta=beta,
-        temperature=point.temperature, compiled=compiled,
+        temperature=point.temperature,
     )  # fmt: skip
 
     def loss(x: Tensor, weight: Tensor, t_x: Tensor, t_weight: Tensor, labels: Tensor, *_: float) -> Tensor:

@@ -107,7 +107,9 @@ def register(app: "typer.Typer") -> None:
             str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")
         ] = None,
         threads: Annotated[int | None, typer.Option(help="Of torch; by default its own choice.")] = None,
-        seconds: Annotated[float, typer.Option(help="About how long one size is timed.")] = 2.0,
+        seconds: Annotated[
+            float, typer.Option(help="How long a size is timed at least, ten times that at most.")
+        ] = 2.0,
         no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out.")] = False,
         keep_memory: Annotated[
             bool,

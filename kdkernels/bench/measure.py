@@ -44,8 +44,8 @@ class Settings:
 
     Attributes:
         threads: Of torch.
-        rounds: Timed rounds of a point at least, unless `seconds` are over.
-        seconds: About how long a point's rounds go on.
+        rounds: Timed rounds of a point at least, unless they take ten times `seconds`.
+        seconds: How long a point's rounds go on at least.
         compiled: Whether `torch.compile` takes part.
         memory: Whether peak memory is taken.
         raised: Whether glibc's thresholds are raised first, so that what is freed is kept.
@@ -155,7 +155,7 @@ def time_process(send: Send, point: Point, who: list[Entry], settings: Settings)
         clock=clock_for(torch.device(point.device)),
         min_rounds=settings.rounds,
         min_seconds=settings.seconds,
-        max_seconds=3 * settings.seconds,
+        max_seconds=10 * settings.seconds,
         on_round=lambda number: send(f"{point}: round {number + 1}"),
     )
     best = min((c.name for c in ceilings), key=lambda name: timings[name].best)
@@ -388,7 +388,7 @@ def slope(known: Sequence[tuple[float, float]]) -> float:
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {
         "logits": {"rows": 64, "vocab": 32_768},
-        "linear": {"rows": 256, "vocab": 32_768, "widths": (256, 384)},
+        "linear": {"rows": 128, "vocab": 32_768, "widths": (256, 384)},
         "sparse": {"rows": 64, "vocab": 32_768},
     },
     "cuda": {
