@@ -20,6 +20,7 @@ BENCHMARKS = {
     "strategies": "every strategy of the literature beside its control: differences over seeds, verdicts",
     "gpu": "the losses on a GPU's logits: time, share of copy bandwidth, peak memory, launches, error",
     "cluster": "the CUDA kernel beside the Triton one on large logits: time, share of copy, launches, error",
+    "e2e": "distilling language models, beside eager and peers: tokens a second, largest batch, peak memory",
     "builds": "the Triton kernels built for GPUs that need not be here: registers, spills, accesses",
 }
 # What some of them import and not every Python has.

@@ -71,6 +71,15 @@ def return_free_memory() -> None:
     trim(0)
 
 
+def held_data() -> int:
+    """Bytes of this process that count towards RLIMIT_DATA, on Linux.
+
+    Raises:
+        OSError: The system doesn't say.
+    """
+    return _status("VmData")
+
+
 def peak_growth(
     step: Callable[[], object], device: torch.device, warm_up: Callable[[], object] | None = None
 ) -> Peak | None:
