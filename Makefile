@@ -8,7 +8,10 @@
 #                runs here against the fp64 truth; prints the cases of each and what failed, with what reproduces it
 #   make check   lint, format, types
 #   make docs    the documentation as a site, in build/site; a broken link fails
-#   make bench   the losses measured on this machine
+#   make bench   the losses measured on this machine, beside eager PyTorch and torch.compile: the first figures after
+#                a minute, a report for the browser in runs/bench (ARGS=--quick: half a minute; ARGS=--help)
+#   make compare all of that beside liger-kernel, TRL and others, and language models end to end: a quarter of an
+#                hour on a machine that does nothing else; into benchmarks/results (ARGS=--quick: less, elsewhere)
 #   make gpu     the tests that need a GPU and the losses measured on it: with $(PYTHON) itself, which needs
 #                torch, Triton, pytest and hypothesis; nothing is installed
 #   make clean   remove .venv and whatever was built
@@ -22,7 +25,9 @@ MINUTES ?= 10
 SHARDS ?= 8
 
 VENV := .venv
+LIGHT := $(VENV)/.light
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 CSRC := $(shell find csrc -type f)
 
 # The versions in constraints.txt are the tested ones. torch is pinned there for one more reason: unpinned, pip
@@ -31,7 +36,7 @@ CSRC := $(shell find csrc -type f)
 # knows of one, since a local version sorts above the plain one.
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test fuzz check docs bench gpu setup clean
+.PHONY: demo test fuzz check docs bench compare gpu setup clean
 
 demo: $(READY)
 	$(VENV)/bin/kdkernels demo $(ARGS)
@@ -54,8 +59,12 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml $(ARGS)
 	@echo "The site is in build/site: open build/site/index.html"
 
-bench: $(READY)
-	$(VENV)/bin/python -m benchmarks logits $(ARGS)
+# With no more than it needs, so that a first figure is there early.
+bench: $(LIGHT)
+	$(VENV)/bin/kdkernels bench $(ARGS)
+
+compare: $(PEERS)
+	$(VENV)/bin/python -m benchmarks compare $(ARGS)
 
 # Not in .venv: torch there is a CPU build, and a machine with a GPU has one that fits it. What is slow or wrong
 # is measured all the same when a test fails, and make fails in the end.
@@ -84,10 +93,18 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Editable, so that what runs is this tree; without isolation, so that constraints.txt holds for the build too.
-$(READY): $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(CSRC)
+$(LIGHT): $(VENV)/bin/python pyproject.toml setup.py constraints.txt $(CSRC)
 	@echo "Setting up $(VENV): the first time this downloads torch and takes minutes."
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[cli,bench,train,hf,test,dev,docs]'
+	$(INSTALL) --no-build-isolation --editable '.[cli,bench]'
 	@test -e kdkernels/libkdkernels_cpu.so || echo "Without the CPU library, since no C++ compiler works here:" \
 	  "losses run on the reference backend. With a compiler installed, 'make -B setup' builds it."
+	@touch $@
+
+$(READY): $(LIGHT)
+	$(INSTALL) --no-build-isolation --editable '.[cli,bench,train,hf,test,dev,docs]'
+	@touch $@
+
+$(PEERS): $(READY)
+	$(INSTALL) --no-build-isolation --editable '.[cli,bench,hf,peers]'
 	@touch $@

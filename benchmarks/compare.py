@@ -1,0 +1,116 @@
+"""``python -m benchmarks compare``: everything beside everyone on this machine, in a quarter of an hour.
+
+What ``kdkernels bench`` measures (logits, heads, stored teachers: a middle size of each, and V, N,
+divergence, T and dtype around it) with liger-kernel, TRL, cut-cross-entropy and quack-kernels beside eager
+PyTorch, `torch.compile` and `kd_loss`, then language models end to end. ``--agree FOLDER`` compares the
+ratios with those of another run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import e2e
+from kdkernels.bench import measure
+from kdkernels.bench.report import command_line
+from kdkernels.bench_cli import cores, device_of, write
+
+RESULTS = Path(__file__).parent / "results"
+PEERS = "benchmarks.peers"
+# How far a ratio of two runs on one quiet machine may be apart.
+ALLOWED = 0.10
+# Points beyond those around a centre: the vocabularies of models that people distil.
+MORE = {"cpu": [measure.Point("logits", 64, 128_256), measure.Point("logits", 64, 151_936)], "cuda": []}
+
+
+def ratios(losses: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every contestant's time over that of `kd_loss`, by what it is of."""
+    for point in losses["points"]:
+        for entry in point["entries"]:
+            if entry["time"] and entry["time"]["ratio"] and entry["family"] != measure.OURS:
+                yield f"{measure.described(point)}, {entry['name']}", float(entry["time"]["ratio"])
+
+
+def of_models(document: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Likewise of the models."""
+    for pair in document["pairs"]:
+        for name, ratio in ((pair["time"] or {}).get("ratios") or {}).items():
+            yield f"{pair['family']}, {name}", float(ratio)
+
+
+def disagreements(one: dict[str, float], other: dict[str, float]) -> list[tuple[str, float, float, float]]:
+    """What both have: its name, both ratios, and how far apart they are, the furthest first."""
+    both = [(name, a, other[name]) for name, a in one.items() if name in other]
+    apart = [(name, a, b, abs(a - b) / min(a, b)) for name, a, b in both]
+    return sorted(apart, key=lambda each: -each[3])
+
+
+def agreement(one: dict[str, float], other: dict[str, float]) -> int:
+    """Says how far two runs are apart; 1 where a ratio is further than is allowed, else 0."""
+    found = disagreements(one, other)
+    beyond = [each for each in found if each[3] > ALLOWED]
+    for name, a, b, apart in beyond:
+        print(f"  {name}: {a:.3g} and {b:.3g}, {100 * apart:.0f} % apart")
+    if not found:
+        print("the two runs have no ratio in common")
+        return 1
+    middle = found[len(found) // 2][3]
+    print(
+        f"{len(found)} ratios of both runs: {len(found) - len(beyond)} within {100 * ALLOWED:.0f} %, half of "
+        f"them within {100 * middle:.1f} %, the furthest {100 * found[0][3]:.0f} % apart"
+    )
+    return int(bool(beyond))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--quick", action="store_true", help="the middle sizes and one pair of models: minutes")
+    p.add_argument("--only", choices=("losses", "models"), help="one part")
+    p.add_argument("--seconds", type=float, default=2.0, help="about how long a size is timed: %(default)s")
+    p.add_argument("--out", type=Path, help="default: benchmarks/results, or runs/compare for less than all")
+    p.add_argument("--agree", type=Path, metavar="FOLDER", help="another run's --out: 1 where a ratio is off")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, writes, compares, and returns the exit status."""
+    options = parser().parse_args(arguments)
+    device = device_of(options.device)
+    started = time.perf_counter()
+    whole = not (options.quick or options.only or options.seconds != 2.0)
+    out = options.out or (RESULTS if whole else Path("runs/compare"))
+    found: dict[str, float] = {}
+    if options.only != "models":
+        names, plan = measure.WORKLOADS, measure.centres if options.quick else measure.star
+        points = [*plan(device, names), *([] if options.quick else MORE[device])]
+        settings = measure.Settings(
+            cores(), seconds=options.seconds, compiled=not options.quick, modules=(PEERS,)
+        )
+        losses = measure.measure(points, settings)
+        quick = ["--quick"] if options.quick else []
+        losses["command"] = command_line("benchmarks", ["compare", *quick, "--device", device])
+        write(losses, out / f"compare-{device}")
+        found |= dict(ratios(losses))
+    if options.only != "losses":
+        folder = [] if out == RESULTS else ["--out", str(out)]
+        e2e.main(["--device", device, *(["--quick"] if options.quick else []), *folder])
+        found |= earlier(out, device, ("models",))
+    print(f"all of it took {time.perf_counter() - started:.0f} s")
+    return agreement(found, earlier(options.agree, device)) if options.agree else 0
+
+
+def earlier(folder: Path, device: str, parts: Sequence[str] = ("losses", "models")) -> dict[str, float]:
+    """The ratios that a run has written."""
+    found: dict[str, float] = {}
+    files = {"losses": (f"compare-{device}/bench.json", ratios), "models": (f"e2e-{device}.json", of_models)}
+    for name, read in (files[part] for part in parts):
+        if (folder / name).is_file():
+            found |= dict(read(json.loads((folder / name).read_text(encoding="utf-8"))))
+    return found
