@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,8 +51,6 @@ def points_of(
     Raises:
         ValueError: A value is out of range.
     """
-    from dataclasses import replace
-
     from .bench import measure, workloads
 
     chosen = {name: values for name, values in given.items() if values is not None}
@@ -185,7 +184,7 @@ def run(
     command: str,
 ) -> int:
     """Measures, prints and writes; returns the exit status, 1 where kd_loss was wrong or failed somewhere."""
-    from .bench import workloads
+    from .bench import pages, workloads
     from .bench.contestants import OURS
     from .bench.measure import Settings, measure
 
@@ -209,6 +208,9 @@ def run(
         raised=raised,
         modules=tuple(against),
     )
+    if len(points) > 1 and not quick:
+        look = measure(points[:1], replace(settings, rounds=5, seconds=0.5, compiled=False, memory=False))
+        print(f"A first look: {pages.headline(look)[0]}. The rest takes minutes.", flush=True)
     document = measure(points, settings)
     document["command"] = command
     write(document, out)
