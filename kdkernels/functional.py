@@ -452,7 +452,8 @@ def checked_call(student: Any, teacher: Any, labels: Any, options: dict[str, Any
     if not whole:
         _check_parallel(options)
     z, z_options = unwrap("student", student, whole)
-    stored = teacher if isinstance(teacher, StoredSource) else None
+    # Not StoredSource: the compiler of torch 2.10 can't look into a union that has a name.
+    stored = teacher if isinstance(teacher, (TopK, Sampled)) else None
     teachers, v_options, mixture = ([], [], None) if stored else unwrap_teachers(teacher, z.dtype, whole)
     spec = _spec(options, z_options, tuple(v_options), stats)
     if not whole:

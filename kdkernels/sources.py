@@ -260,7 +260,8 @@ def _rows(x: Tensor, rows: Any) -> Tensor:
 def _check_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number > 0, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    # Not math.isfinite, which the compiler of torch 2.10 can't ask of a number that changes; NaN fails, too.
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {value}")
 
 
