@@ -194,7 +194,7 @@ def largest(
                     while high - step > low and not tried(high - step):
                         step *= 2
                     step = 0
-        while step and low + step < high and tried(low + step):
+        while step and (further := min(low + step, most)) < high and further > low and tried(further):
             step *= 2
     else:
         while low == 0 and high > unit:
@@ -365,7 +365,7 @@ def run(
                 found["time"]["ratios"] = _ratios(found["time"]["seconds"], document["ours"])
         if settings.only in (None, "memory"):
             wrong = (found["time"] or {}).get("problems", {})
-            right = [method for method in methods if not wrong.get(method.name, "").startswith("WRONG")]
+            right = [method for method in methods if wrong.get(method.name, OUT_OF_MEMORY) == OUT_OF_MEMORY]
             found["memory"] = {}
             with progress.phase(f"{family}: memory", len(right)):
                 for method in right:

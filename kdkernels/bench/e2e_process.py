@@ -82,10 +82,13 @@ def is_no_memory(text: str) -> bool:
     return _NO_MEMORY.search(text) is not None
 
 
-def truth(student: Any, teacher: Any, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
+def truth(
+    student: Any, teacher: Any, tokens: Tensor, rows: int | None = None
+) -> tuple[float, dict[str, Tensor]]:
     """The loss, and gradients of what is `watched`: layers in the models' dtype, heads and loss in float64.
 
-    Logits are made a few rows at a time, the gradient q - p in closed form, so that it takes little memory.
+    Logits are made a few rows at a time, `rows` or so many that they take 64 MiB, and the gradient q - p in
+    closed form, so that it takes little memory.
     """
     student.zero_grad(set_to_none=True)
     with torch.no_grad():
@@ -95,7 +98,7 @@ def truth(student: Any, teacher: Any, tokens: Tensor) -> tuple[float, dict[str, 
     weight = head.detach().double()
     t_weight = teacher.get_output_embeddings().weight.double()
     dx, dw = torch.empty_like(x, dtype=torch.float64), torch.zeros_like(weight)
-    total, rows = 0.0, max(1, 2**23 // len(weight))
+    total, rows = 0.0, rows or max(1, 2**23 // len(weight))
     for begin in range(0, len(x), rows):
         part = slice(begin, begin + rows)
         h = x[part].detach().double()

@@ -150,7 +150,7 @@ def draw(document: dict[str, Any], folder: Path, name: str = "e2e") -> list[Path
 
     panels = [
         panel
-        for panel, part in ((_Speed, "time"), (_Tokens, "memory"), (_Peak, "memory"))
+        for panel, part in zip(PANELS, ("time", "memory", "memory"), strict=True)
         if any(pair[part] for pair in document["pairs"])
     ]
     if not panels:
@@ -258,3 +258,6 @@ class _Peak:
                 if peak is None
                 else (peak / 2**20, f"{peak / 2**20:,.0f}", False)
             )
+
+
+PANELS = (_Speed, _Tokens, _Peak)
