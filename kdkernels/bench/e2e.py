@@ -14,9 +14,9 @@ Tokens a second
 The largest number of tokens
     Before memory runs out, in steps of one sequence: the memory of the GPU, or a part of it; on a CPU
     RLIMIT_DATA, set to what the process holds after a warm-up, models included, and `memory` bytes. Each try
-    is a process of its own. The first is the timed number, whose peak says where to go on; around that, steps
-    are doubled until one fails and one doesn't, then bisected until the two are less than a sixteenth, or one
-    sequence, apart. More than `most` isn't tried.
+    is a process of its own. The first is the timed number, whose peak says about where the limit is, the
+    second `most`, beyond which nothing is tried. Around the limit steps are doubled until one has room and one
+    hasn't, then bisected until the two are less than a sixteenth, or one sequence, apart.
 Peak memory
     Of each of those tries that had room, beyond the models: gradients, activations, the loss. How it grows
     with the tokens, between the fewest and the most, is given in logits: as many float32 tensors of
@@ -164,7 +164,7 @@ def largest(
         start: What to try first.
         most: What isn't gone beyond.
         unit: Of which all that is tried is a multiple.
-        guess: After that, about how many fit; it costs more tries where it is wrong.
+        guess: Once `start` was tried, about how many fit; it costs more tries where it is wrong.
     """
     most -= most % unit
     low, high = 0, most + unit  # what fits, and what doesn't or isn't asked for
@@ -181,9 +181,10 @@ def largest(
         return max(unit, int(count / PRECISION) // unit * unit)
 
     if tried(start):
-        expected = guess()
-        if low < most and (expected is None or expected > most / 2) and tried(most):
+        # Where that fails it does so early, at the first tensor that has no room.
+        if low < most and tried(most):
             return most
+        expected = guess()
         step = low if expected is None else near(low)
         if expected is not None:
             # A bit less than it says, which is where the answer will be.

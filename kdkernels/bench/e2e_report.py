@@ -194,10 +194,22 @@ def _bars(axes: Any, names: list[str], document: dict[str, Any], bars: list[Bar]
     axes.tick_params(axis="x", labelsize=8)
 
 
-class _Speed:
-    """Tokens a second."""
+class _Panel:
+    """A kind of bars: its label, and a bar for each name."""
 
     log = False
+
+    @staticmethod
+    def label(document: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    @staticmethod
+    def bars(document: dict[str, Any], pair: dict[str, Any], names: list[str]) -> Iterator[Bar]:
+        raise NotImplementedError
+
+
+class _Speed(_Panel):
+    """Tokens a second."""
 
     @staticmethod
     def label(document: dict[str, Any]) -> str:
@@ -214,7 +226,7 @@ class _Speed:
             yield speed, f"{speed:,.0f}", False
 
 
-class _Tokens:
+class _Tokens(_Panel):
     """The largest number of tokens."""
 
     log = True
@@ -236,10 +248,8 @@ class _Tokens:
             yield found["tokens"] or None, text, bool(found.get("capped"))
 
 
-class _Peak:
+class _Peak(_Panel):
     """Peak memory at the timed number of tokens."""
-
-    log = False
 
     @staticmethod
     def label(document: dict[str, Any]) -> str:
@@ -260,4 +270,4 @@ class _Peak:
             )
 
 
-PANELS = (_Speed, _Tokens, _Peak)
+PANELS: tuple[type[_Panel], ...] = (_Speed, _Tokens, _Peak)
