@@ -201,3 +201,16 @@ def test_figures_of_times_are_those_of_the_readme() -> None:
         assert any(all(f"| {n} " in line for n in cells[-3:]) for line in readme.splitlines()), row
     for said in re.findall(r"\| ([\d,.]+) \| ([\d,.]+) \| `", text("vocabularies.md")):
         assert all(n in readme + figures("benchmarks/results/hf-cpu.md") for n in said)
+
+
+def test_the_oldest_versions_that_were_run_are_the_lower_bounds() -> None:
+    """Of what docs/versions.md has a column for; a bound that moves has to be run again."""
+    lines = text("versions.md").splitlines()
+    rows = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines if "|" in line
+    }
+    asked = dict(re.findall(r'"([\w-]+)>=([\d.]+)', figures("pyproject.toml")))
+    ran = dict(zip(rows["set"], rows["oldest"], strict=True))
+    assert len(ran) == 9
+    for name in ran.keys() - {"Python"}:
+        assert re.match(rf"{re.escape(asked[name])}(\.0)*(\+|$)", ran[name]), name
