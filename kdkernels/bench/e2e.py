@@ -15,8 +15,8 @@ The largest number of tokens
     Before memory runs out, in steps of one sequence: the memory of the GPU, or a part of it; on a CPU
     RLIMIT_DATA, set to what the process holds after a warm-up, models included, and `memory` bytes. Each try
     is a process of its own. The first is the timed number, whose peak says about where the limit is, the
-    second `most`, beyond which nothing is tried. Around the limit steps are doubled until one has room and one
-    hasn't, then bisected until the two are less than a sixteenth, or one sequence, apart.
+    second `most`, beyond which nothing is tried. Around the limit steps are doubled until one has room and
+    one hasn't, then bisected until the two are less than a sixteenth, or one sequence, apart.
 Peak memory
     Of each of those tries that had room, beyond the models: gradients, activations, the loss. How it grows
     with the tokens, between the fewest and the most, is given in logits: as many float32 tensors of
