@@ -61,7 +61,10 @@ def check_wheel(path: Path) -> tuple[set[str], str]:
 
     header = Parser().parsestr(files[info + "WHEEL"].decode())
     need(set(header.get_all("Tag", [])) == set(map(str, tags)), f"{path.name}: its tags are not its name's")
-    for name, digest, size in csv.reader(io.StringIO(files[info + "RECORD"].decode())):
+    record = list(csv.reader(io.StringIO(files[info + "RECORD"].decode())))
+    named = {name for name, *_ in record}
+    need(named == set(files), f"{path.name}: RECORD and the files differ in {sorted(named ^ set(files))}")
+    for name, digest, size in record:
         if name != info + "RECORD":
             made = base64.urlsafe_b64encode(hashlib.sha256(files[name]).digest()).rstrip(b"=").decode()
             need(digest == f"sha256={made}" and int(size) == len(files[name]), f"{path.name}: RECORD, {name}")
