@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .e2e_methods import Method
 from .e2e_models import Pair, models_of, tokens_of, watched
-from .memory import held_data, peak_growth, return_free_memory
+from .memory import held_data, map_large_blocks, peak_growth, return_free_memory
 from .timing import Contestant, Neighbours, clock_for, race
 
 try:
@@ -222,6 +222,8 @@ def probe_process(
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 2)
     os.close(handle)
+    # Else what a warm-up has freed would be room beyond the limit.
+    map_large_blocks()
     student, teacher = case.ready()
     tokens, device = case.tokens(count), torch.device(case.device)
 

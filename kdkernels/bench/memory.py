@@ -61,6 +61,23 @@ def raise_malloc_thresholds(threshold: int = 2**30) -> bool:
     return mallopt(_M_MMAP_THRESHOLD, threshold) == 1 and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) == 1
 
 
+def map_large_blocks(threshold: int = 2**17) -> bool:
+    """Makes glibc map every block of at least `threshold` bytes by itself, and unmap it when it is freed.
+
+    By default the threshold grows with what is freed, up to 32 MiB, and freed blocks below it stay part of
+    the heap: what a process holds then says little about what it uses. Holds for the whole process.
+
+    Returns:
+        Whether glibc took the setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
+    return bool(mallopt(_M_MMAP_THRESHOLD, threshold) == 1)
+
+
 def return_free_memory() -> None:
     """Gives memory that malloc holds and nobody uses back to the system: used again, it shows as growth."""
     try:
