@@ -35,11 +35,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pairs", nargs="+", choices=VOCABS, help="default: all")
     p.add_argument("--methods", nargs="+", metavar="NAME", help="contestants; default: all")
     p.add_argument("--only", choices=e2e.PARTS, help="one part")
-    p.add_argument("--tokens", type=int, help="of a timed step; default 256, or 4096")
-    p.add_argument("--most", type=int, metavar="TOKENS", help="more are not tried; default 8192, or 131072")
-    p.add_argument("--rounds", type=int, help="timed steps; default 5, or 12")
+    p.add_argument("--tokens", type=int, help="of a timed step; default 128, or 4096")
+    p.add_argument("--most", type=int, metavar="TOKENS", help="more are not tried; default 4096, or 131072")
+    p.add_argument("--rounds", type=int, help="timed steps; default 10, or 12")
     p.add_argument(
-        "--memory", type=float, metavar="GIB", help="beyond the models; default 2, or all of the GPU"
+        "--memory", type=float, metavar="GIB", help="beyond the models; default 1.5, or all of the GPU"
     )
     p.add_argument("--quick", action="store_true", help="one pair, little of everything: seconds")
     p.add_argument(

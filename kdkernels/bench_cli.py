@@ -258,20 +258,5 @@ def end_to_end(device: str | None, dtype: str | None, quick: bool, out: Path, co
         raise ValueError(f"e2e needs {error.name}: pip install 'kdkernels[hf,cli]'") from None
     settings = e2e.settings_for(device_of(device), dtype=dtype)
     document = e2e.run(e2e.quick(settings) if quick else settings, e2e.METHODS, Progress(), command)
-    return write_models(document, out, "e2e")
-
-
-def write_models(document: dict[str, Any], out: Path, name: str) -> int:
-    """Prints and writes what was measured of language models; 1 where a loss was wrong, else 0."""
-    from .bench import e2e, write_json
-    from .files import replacing
-
-    e2e.show(document)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / f"{name}.json", document)
-    with replacing(out / f"{name}.md") as part:
-        part.write_text(e2e.markdown(document), encoding="utf-8")
-    drawn = e2e.draw(document, out, name)
-    print(f"written: {', '.join(map(str, [out / f'{name}.json', out / f'{name}.md', *drawn]))}")
-    timed = [pair["time"] for pair in document["pairs"] if pair["time"]]
-    return int(any("WRONG" in said for found in timed for said in found["problems"].values()))
+    return e2e.write(document, out)

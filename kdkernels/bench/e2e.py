@@ -42,7 +42,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,13 +247,13 @@ def _last_line(text: str) -> str:
 
 
 def _of_memory(
-    case: Case, method: Method, settings: Settings, preload: Sequence[str], say: Callable[[str], None]
+    case: Case, method: Method, settings: Settings, preload: Sequence[str], say: Callable[[str, int], None]
 ) -> dict[str, Any]:
     """The largest number of tokens, and all that was tried: tokens, whether there was room, peak bytes."""
     tries: list[dict[str, Any]] = []
 
     def fits(count: int) -> bool:
-        say(f"{method.name}, {count:,} tokens")
+        say(f"{method.name}, {count:,} tokens", 0)
         found = probe(case, method, count, settings, preload)
         tries.append({"tokens": count, **found})
         return bool(found["fits"])
@@ -368,9 +370,11 @@ def run(
             wrong = (found["time"] or {}).get("problems", {})
             right = [method for method in methods if wrong.get(method.name, OUT_OF_MEMORY) == OUT_OF_MEMORY]
             found["memory"] = {}
-            with progress.phase(f"{family}: memory", len(right)):
-                for method in right:
-                    of_it = _of_memory(case, method, settings, preload, lambda text: progress.step(text, 0))
+            # Nothing is timed here: on a CPU, whose limit is of a process, several search at once.
+            at_once = max(1, os.cpu_count() or 1) if settings.device == "cpu" else 1
+            search = partial(_of_memory, case, settings=settings, preload=preload, say=progress.step)
+            with progress.phase(f"{family}: memory", len(right)), ThreadPoolExecutor(at_once) as pool:
+                for method, of_it in zip(right, pool.map(search, right), strict=True):
                     of_it["growth"] = _growth(of_it["tries"], pair.vocab)
                     found["memory"][method.name] = of_it
                     progress.step(method.name)
