@@ -6,6 +6,8 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "compare": "everyone on this machine: losses on logits, heads, stored teachers, and language models",
+    "readme": "the tables of the README and the docs, from the results",
     "logits": "the losses on logits: time, bandwidth, page faults, peak memory, error",
     "divergences": "every divergence, noise, a mixture: time, share of bandwidth, peak memory, error",
     "linear": "hidden states and heads: time beside the bare products, peak memory, error",
