@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import e2e
-from kdkernels.bench import measure
+from kdkernels.bench import measure, workloads
 from kdkernels.bench.report import command_line
 from kdkernels.bench_cli import cores, device_of, write
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or (RESULTS if whole else Path("runs/compare"))
     found: dict[str, float] = {}
     if options.only != "models":
-        names, plan = measure.WORKLOADS, measure.centres if options.quick else measure.star
+        names, plan = workloads.WORKLOADS, measure.centres if options.quick else measure.star
         points = [*plan(device, names), *([] if options.quick else MORE[device])]
         settings = measure.Settings(
             cores(), seconds=options.seconds, compiled=not options.quick, modules=(PEERS,)
