@@ -1,5 +1,5 @@
 """Suite-wide: uninitialised memory is NaN, two threads, backends that must be there, GPU tests skipped with
-their reason.
+their reason, and what only a thorough run has.
 
 Triton's kernels run on a GPU where there is one, and there `pytest -m gpu` is all that needs it: the tests of
 `backend="triton"`, and those marked. Elsewhere they are interpreted, on CPU tensors, in this process alone.
@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 # Before torch loads OpenMP: its idle threads spin, which on two busy cores made the suite ten times slower.
@@ -123,9 +125,13 @@ def device_of(item: Any) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Several processes share the tests of one GPU, without pytest-xdist, which may not be there."""
+    """Several processes share the tests of one GPU, without pytest-xdist, which may not be there; and all
+    tests, which takes an hour."""
     parser.addoption(
         "--shard", metavar="I/N", help="every Nth of the tests that run on the GPU, from the Ith"
+    )
+    parser.addoption(
+        "--thorough", action="store_true", help="all tests, also those whose path another one takes"
     )
 
 
@@ -146,15 +152,57 @@ def is_path_enough(item: Any) -> bool:
     return interpreted and item.path.name not in EACH and divergence not in PATHS
 
 
+def is_thorough(item: Any) -> bool:
+    """Whether only a thorough run has this: it is so marked, and `but` doesn't take it out.
+
+    `@pytest.mark.thorough` marks a test or, in `pytest.param(..., marks=)`, a cell;
+    `@pytest.mark.thorough(but=lambda divergence: divergence in KLS)` all cells of a test but those for which
+    the function of its parameters is true. What runs on a GPU is never left out.
+    """
+    if item.get_closest_marker("gpu"):
+        return False
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    for mark in item.iter_markers("thorough"):
+        but = mark.kwargs.get("but")
+        if but is None or not but(**{name: given[name] for name in inspect.signature(but).parameters}):
+            return True
+    return False
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests by what they need, and keep a shard of those on the GPU."""
+    """Mark tests by what they need, leave out those for a thorough run, keep a shard of those on the GPU."""
     items[:] = [item for item in items if backend_of(item) != "streaming" or is_streamed(item)]
     items[:] = [item for item in items if not is_path_enough(item)]
     mark_gpu(items)
+    # Who names a cell means it.
+    if not config.getoption("--thorough") and not any("[" in argument for argument in config.args):
+        left_out = [item for item in items if is_thorough(item)]
+        items[:] = [item for item in items if not is_thorough(item)]
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[LEFT_OUT] = len(left_out)
     if shard := config.getoption("--shard"):
         first, step = map(int, shard.split("/"))
         items[:] = [item for item in items if item.get_closest_marker("gpu")][first - 1 :: step]
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist says how many it left out, since the one that prints collects none."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    """All processes have left out the same."""
+    count = getattr(node, "workeroutput", {}).get("left out", 0)
+    if count and LEFT_OUT not in node.config.stash:
+        node.config.stash[LEFT_OUT] = count
+        node.config.hook.pytest_deselected(items=[None] * count)
 
 
 def mark_gpu(items: list[pytest.Item]) -> None:
@@ -181,19 +229,22 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapper
 
 
-# Tests of a file share what is slow to make: archives, a run of the demo, processes.
-TOGETHER = ("test_install.py", "test_demo.py", "test_train_processes.py")
+# Tests of a file share what is slow to make, archives, a run of the demo, processes; or those of a name do.
+TOGETHER = (
+    "test_install.py", "test_demo.py", "test_train_processes.py", "test_parallel.py", "test_fsdp.py",
+    "test_hf.py", "test_docs_site.py", "test_sanitized.py", "test_bench_linear.py",
+    "test_triton_shards.py::test_processes_give_what_whole_rows_give",
+)  # fmt: skip
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of several processes each takes a test at a time, and those files whole."""
+    """Of several processes each takes a test at a time, and those files and tests whole."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneByOne(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::", 1)[0]
-            return file if file.endswith(TOGETHER) else nodeid
+            return next((name for name in TOGETHER if name in nodeid), nodeid)
 
     return OneByOne(config, log)
 
@@ -229,6 +280,21 @@ def in_small_blocks(
     """What `tuning.triton` says of rows of more than 4,096, for rows of more than a block of 32."""
     strided = align < 16 // itemsize
     return TritonConfig(32, 4 if strided else 16 // itemsize, strided, 1, whole=False)
+
+
+def in_several_blocks(
+    width: int, itemsize: int, align: int, stats: bool = False, lanes: int = 32
+) -> TritonConfig:
+    """The same with larger blocks for wide rows, of which those have several, too."""
+    config = in_small_blocks(width, itemsize, align, stats, lanes)
+    return replace(config, block=256) if width > 512 else config
+
+
+# Where interpreted rows of thousands of classes would have a hundred blocks.
+WIDE = (
+    "test_long_runs_of_masked_classes", "test_any_problem_is_within_the_budget",
+    "test_hidden_classes_anywhere",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session", params=["reference", "cpu", "triton", "streaming", *ONLY_GPU])
@@ -284,7 +350,9 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     device = device_of(request.node)
     with contextlib.ExitStack() as stack:
         if backend_of(request.node) == "streaming":
-            stack.enter_context(pytest.MonkeyPatch.context()).setattr(tuning, "triton", in_small_blocks)
+            wide = device == "cpu" and request.node.originalname in WIDE
+            blocks = in_several_blocks if wide else in_small_blocks
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(tuning, "triton", blocks)
         if backend_of(request.node) == "cuda" and request.node.path.name not in REFUSALS:
             stack.enter_context(pytest.MonkeyPatch.context()).setattr(registry, "choose", choose_or_skip)
         if device != "cpu":
