@@ -54,9 +54,9 @@ def case(function: Callable[[], None]) -> Callable[[], None]:
     return function
 
 
-def main(rank: int, world: int, folder: str) -> None:
-    """All cases; what failed is in the folder."""
-    run(CASES, rank, world, folder)
+def main(rank: int, world: int, folder: str, cases: list[str]) -> None:
+    """These cases; what failed is in the folder."""
+    run({name: CASES[name] for name in cases}, rank, world, folder)
 
 
 def start(rank: int, world: int, store: str) -> None:
