@@ -287,6 +287,9 @@ def test_fp16_gradients_that_overflow_are_infinite(backend: str) -> None:
 # Higher order
 
 
+@pytest.mark.thorough(
+    but=lambda backend, divergence, reduction: backend != "triton" or reduction == "none" or divergence == 0.5
+)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(backend: str, divergence: Any, reduction: str) -> None:

@@ -59,6 +59,7 @@ OPTIONS = Options(
 )  # fmt: skip
 
 
+@pytest.mark.thorough(but=lambda dtype, dynamic: not dynamic or dtype is torch.float32)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_loss_and_gradient_are_those_of_eager(backend: str, dtype: torch.dtype, dynamic: bool) -> None:
@@ -97,6 +98,9 @@ def test_reductions_and_stats(backend: str, reduction: str) -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.thorough(
+    but=lambda backend, dtype: backend == "cpu" or (dtype is torch.float16) == (backend == "triton")
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_twenty_steps_in_two_compilations(backend: str, dtype: torch.dtype) -> None:
     """A schedule of T, beta and the number of items compiles once for the first value and once for all."""
@@ -119,6 +123,7 @@ def test_twenty_steps_in_two_compilations(backend: str, dtype: torch.dtype) -> N
     assert counter.frame_count <= 2
 
 
+@pytest.mark.thorough(but=lambda backend: backend != "triton")
 def test_a_schedule_of_every_number_in_two_compilations(backend: str) -> None:
     """Of T, sigma, probability, the place of the first row, the seed, parameters and weights."""
 
@@ -162,6 +167,12 @@ FEATURES: dict[str, Callable[[Tensor, Tensor], tuple[Any, Tensor | None, dict[st
 }  # fmt: skip
 
 
+# What is saved for backward differs with the dtype, and what is traced with the feature.
+@pytest.mark.thorough(
+    but=lambda backend, feature, dtype: (
+        backend == "reference" or dtype is torch.float32 or feature in ("plain", "all")
+    )
+)
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_all_that_a_call_may_have(backend: str, feature: str, dtype: torch.dtype) -> None:

@@ -102,6 +102,20 @@ CASES = [
 ]
 
 
+def is_plain(case: Case) -> bool:
+    """Whether a plain run has it: of each template one, with another hard term each time."""
+    d = DIVERGENCES.index(case.divergence)
+    return case.hard == HARD[d % 3] or case.divergence == NO_DIVERGENCE
+
+
+def test_a_plain_run_has_every_value() -> None:
+    """Of what is a parameter of a build."""
+    chosen = [case for case in CASES if is_plain(case)]
+    for name in Case._fields:
+        values = {getattr(case, name) for case in CASES}
+        assert {getattr(case, name) for case in chosen} == values, name
+
+
 def test_the_cases_have_every_pair() -> None:
     """Of divergences with hard terms, dtypes and both layouts, and of these with each other and clusters."""
 
@@ -158,6 +172,7 @@ def rows_of(case: Case, kind: str, vocab: int, generator: torch.Generator) -> tu
 BAD = torch.tensor([False, True, False, True, False, True])
 
 
+@pytest.mark.thorough(but=lambda case: is_plain(case))
 @pytest.mark.parametrize(("number", "case"), list(enumerate(CASES)), ids=shown)
 def test_rows(number: int, case: Case) -> None:
     """Calls of one build, of which each kind of logits has one."""
@@ -261,6 +276,11 @@ PROCESSED_CASES = [
 ]
 
 
+# All that logits become, of the closed forms and JSD; and what isn't of two distributions.
+PLAIN = ("ForwardKL", "SoftCrossEntropy", "ReverseKL", "JSD", "SkewKL", "DKD", "CenteredLogitMSE", "BinaryKL")
+
+
+@pytest.mark.thorough(but=lambda case: case.template in PLAIN)
 @pytest.mark.parametrize(
     ("number", "case", "more"), [(k, *x) for k, x in enumerate(PROCESSED_CASES)], ids=str
 )
@@ -340,6 +360,11 @@ SANITIZED = (
     ("thread address", Case("tvd", "kNoHard", torch.bfloat16, 4, "alike"), 32, {"pad_vocab": True}),
     ("address", Case(kd.BinaryKL(), "kOwnHard", torch.bfloat16, 8, "student sliced"), 32, PROCESSED[1]),
 )
+# A block alone and several, both layouts, each sanitizer, with noise and without.
+SANITIZED_PLAIN = {
+    ("thread", "ForwardKL"), ("address", "ForwardKL"), ("thread", "JSD"), ("thread", "DKD"),
+    ("address", "BinaryKL"),
+}  # fmt: skip
 
 
 def sanitized(
@@ -363,6 +388,7 @@ def sanitized(
         check(z, v, given, o, backend="cuda", upstream=upstream)
 
 
+@pytest.mark.thorough(but=lambda sanitize, case: (sanitize, case.template) in SANITIZED_PLAIN)
 @pytest.mark.parametrize(
     ("sanitize", "case", "threads", "more"),
     [(name, *what) for names, *what in SANITIZED for name in names.split()],

@@ -198,8 +198,16 @@ CASES = [
 ]
 
 
+def is_plain(case: Case) -> bool:
+    """Whether a plain run has it: of each divergence one."""
+    return case.hard == HARD[DIVERGENCES.index(case.divergence) % 3]
+
+
 def test_the_cases_have_every_pair() -> None:
-    """Of hard terms, dtypes, clusters and layouts, of which each divergence has one or two."""
+    """Of hard terms, dtypes, clusters and layouts, of which each divergence has one or two; and of the ones
+    that a plain run has, every value."""
+    for name in Case._fields:
+        assert {getattr(c, name) for c in CASES if is_plain(c)} == {getattr(c, name) for c in CASES}, name
     places = (HARD, DTYPES, (1, 2, 4), LAYOUTS)
     for (i, some), (j, others) in itertools.combinations(enumerate(places), 2):
         assert {(case[1 + i], case[1 + j]) for case in CASES} == set(itertools.product(some, others))
@@ -209,6 +217,7 @@ def test_the_cases_have_every_pair() -> None:
 SIZES = ((2, 1), (37, 37), (260, 5), (1033, 97), (2601, 64), (901, 700))
 
 
+@pytest.mark.thorough(but=lambda case: is_plain(case))
 @pytest.mark.parametrize(("number", "case"), list(enumerate(CASES)), ids=shown)
 def test_rows(number: int, case: Case) -> None:
     """Calls of one build, each with another tail."""
@@ -286,6 +295,7 @@ EXTREME = [
 ]
 
 
+@pytest.mark.thorough(but=lambda divergence: divergence in ("forward_kl", kd.JSD(0.3), "tvd"))
 @pytest.mark.parametrize(("divergence", "T", "hard", "cluster", "dtype"), EXTREME, ids=str)
 def test_masses_that_are_next_to_nothing(
     divergence: Any, T: float, hard: float, cluster: int, dtype: torch.dtype
@@ -377,6 +387,7 @@ PROCESSED_CASES = [
 ]
 
 
+@pytest.mark.thorough(but=lambda number: number < len(PROCESSED))
 @pytest.mark.parametrize(
     ("number", "case", "more"), [(k, *x) for k, x in enumerate(PROCESSED_CASES)], ids=shown
 )
@@ -492,6 +503,7 @@ def sanitized(
         check(z, teacher, labels, options)
 
 
+@pytest.mark.thorough(but=lambda sanitize, case: (sanitize == "thread") == (case.cluster == 1))
 @pytest.mark.parametrize(
     ("sanitize", "case", "threads", "more"),
     [(name, *what) for names, *what in SANITIZED for name in names.split()],

@@ -43,6 +43,19 @@ def needed(c: Combination, backend: str) -> bool:
     return not few or (c.noise == ("student" if stored else "both") and c.stats)
 
 
+# Where kernels are interpreted: every way that a kernel goes, and of tensors a sum without closed form, and
+# powers. What all others are in is their expressions, which test_divergences.py has.
+INTERPRETED = ("forward_kl", "jsd", "dkd", "centered_logit_mse", "binary_kl")
+OF_TENSORS = (*INTERPRETED, "tvd", "alpha_beta")
+
+
+def is_plain(backend: str, divergence: str, teacher: str) -> bool:
+    """Whether a plain run has it."""
+    names = {"tensor": OF_TENSORS, "Logits": ("jsd",)}.get(teacher, INTERPRETED)
+    return backend != "triton" or divergence in names
+
+
+@pytest.mark.thorough(but=lambda backend, divergence, teacher: is_plain(backend, divergence, teacher))
 @pytest.mark.parametrize("divergence", sorted(BUILT_IN))
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_every_cell(backend: str, divergence: str, teacher: str) -> None:

@@ -45,6 +45,7 @@ from kdkernels.spec import SHARD_NUMBERS, Call, without_phases
 
 on_triton = pytest.mark.parametrize("backend", ["triton", "streaming"], indirect=True)
 SOFTMAX = [name for name, row in TABLE.items() if row.normaliser == "softmax"]
+PATHS = ("forward_kl", "reverse_kl", "jsd", "dkd")  # all that the phases have
 ALONE = Exchange(lambda x: x, lambda x: x, lambda x: [x])  # of a process that has all classes
 
 
@@ -139,6 +140,7 @@ def test_any_problem_is_within_the_budget(backend: str, p: Problem, cuts: list[i
         assert_within_budget((loss, grad), z, v, p.labels, o, p.upstream)
 
 
+@pytest.mark.thorough(but=lambda backend, divergence: backend == "triton" or divergence in PATHS)
 @on_triton
 @pytest.mark.parametrize("divergence", SOFTMAX)
 def test_sums_of_shards_are_those_of_whole_rows(backend: str, divergence: str) -> None:
@@ -189,6 +191,11 @@ def test_sums_of_shards_are_those_of_whole_rows(backend: str, divergence: str) -
 
 
 @on_triton
+@pytest.mark.thorough(
+    but=lambda backend, divergence, T: (
+        divergence in PATHS if backend == "streaming" else (T == 1.0) == (divergence in PATHS)
+    )
+)
 @pytest.mark.parametrize("divergence", SOFTMAX)
 @pytest.mark.parametrize("T", [1.0, 2.0])
 def test_every_divergence_is_what_whole_rows_have(backend: str, divergence: str, T: float) -> None:
@@ -211,6 +218,7 @@ def test_every_divergence_is_what_whole_rows_have(backend: str, divergence: str,
     torch.testing.assert_close(grad, z.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.thorough(but=lambda backend, divergence: backend == "triton" or divergence in PATHS)
 @on_triton
 @pytest.mark.parametrize("divergence", SOFTMAX)
 def test_classes_that_nobody_can_produce(backend: str, divergence: str) -> None:
@@ -331,6 +339,7 @@ def test_nothing_waits_for_the_device(divergence: str, dtype: torch.dtype) -> No
 # Builds
 
 
+@pytest.mark.thorough(but=lambda target: target in ("sm_90", "gfx942"))
 @needs_triton
 @pytest.mark.parametrize("target", builds.TARGETS)
 def test_builds_for_gpus_that_are_not_here(target: str) -> None:
@@ -401,6 +410,7 @@ def found(
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
+@pytest.mark.thorough(but=lambda found: found == 2)
 @needs_interpreter
 @pytest.mark.parametrize("case", parallel_triton.CASES)
 def test_processes_give_what_whole_rows_give(case: str, found: list[dict[str, str | None]]) -> None:
