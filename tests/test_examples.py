@@ -22,6 +22,8 @@ NEEDS = {
 }
 
 
+# The commands of docs/data-parallel.md and docs/parallel.md run these two.
+@pytest.mark.thorough(but=lambda name: name not in ("fsdp", "vocab_parallel"))
 @pytest.mark.parametrize("name", NEEDS)
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     """From a folder of its own, on what is on this machine; it says what the loss is."""

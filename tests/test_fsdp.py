@@ -594,6 +594,7 @@ def run(command: list[str], folder: Path) -> str:
 COMMANDS = [line.split() for line in re.findall(r"^.* examples/fsdp.py \d+$", DOCUMENT, re.M)]
 
 
+@pytest.mark.thorough(but=lambda command: command[0] == "torchrun")
 @pytest.mark.parametrize("command", COMMANDS, ids=[words[0] for words in COMMANDS])
 def test_the_documents_commands_run(command: list[str], tmp_path: Path) -> None:
     """In two processes, which print once."""
