@@ -3,7 +3,7 @@
 #
 #   make demo    the main job: distil a small language model on real text; the report is in runs/demo/
 #                (ARGS=--cached: from a stored teacher, too)
-#   make test    the tests
+#   make test    the tests (ARGS=--thorough: also those whose path in the code another one takes)
 #   make fuzz    ten minutes (MINUTES=10) of random calls over all options, new ones each time, every backend that
 #                runs here against the fp64 truth; prints the cases of each and what failed, with what reproduces it
 #   make check   lint, format, types
