@@ -232,7 +232,8 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 # Tests of a file share what is slow to make, archives, a run of the demo, processes; or those of a name do.
 TOGETHER = (
     "test_install.py", "test_demo.py", "test_train_processes.py", "test_parallel.py", "test_fsdp.py",
-    "test_hf.py", "test_docs_site.py", "test_sanitized.py", "test_bench_linear.py",
+    "test_hf.py", "test_docs_site.py", "test_sanitized.py", "test_bench_linear.py", "test_distill.py",
+    "test_cache_collate.py",
     "test_triton_shards.py::test_processes_give_what_whole_rows_give",
 )  # fmt: skip
 
