@@ -7,8 +7,6 @@ Liger
 TRL
     ``_chunked_divergence_loss`` on hidden states and heads, the loss of ``DistillationTrainer``: beta 0 is
     the forward KL. Kernels of Triton on a GPU, torch on a CPU. It has no hard term.
-TRL, GKD
-    ``GKDTrainer.generalized_jsd_loss`` on logits: beta 0 is the forward KL. In the logits' own dtype.
 """
 
 from __future__ import annotations
@@ -54,14 +52,6 @@ def trl(student: Any, teacher: Any, tokens: Tensor) -> Tensor:
     return function(x, t_x, weight, t_weight, torch.ones_like(tokens), 0.0)[0]
 
 
-def gkd(student: Any, teacher: Any, tokens: Tensor) -> Tensor:
-    """Of logits."""
-    with torch.no_grad():
-        v = teacher(input_ids=tokens).logits
-    function = importlib.import_module("trl.experimental.gkd.gkd_trainer").GKDTrainer.generalized_jsd_loss
-    return function(student(input_ids=tokens).logits, v, labels=tokens, beta=0.0)
-
-
 PEERS = (
     Method(
         "Liger",
@@ -77,12 +67,5 @@ PEERS = (
         "trl.trainer.distillation_trainer._chunked_divergence_loss(..., beta=0) of hidden states and heads",
         ("trl",),
         ("trl.trainer.distillation_trainer",),
-    ),
-    Method(
-        "TRL, GKD",
-        gkd,
-        "GKDTrainer.generalized_jsd_loss(..., beta=0) of logits, in their own dtype",
-        ("trl",),
-        ("trl.experimental.gkd.gkd_trainer",),
     ),
 )

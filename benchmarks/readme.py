@@ -16,7 +16,6 @@ from typing import Any
 
 from kdkernels.bench import markdown_table, measure
 from kdkernels.bench.pages import number
-from kdkernels.demo import cached_report, report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +39,7 @@ def read(name: str) -> dict[str, Any]:
 def losses() -> str:
     """Everyone's time as a multiple of ours, and memory, of each point of the comparison."""
     document = read("compare-cpu/bench.json")
-    points = document["points"]
+    points = sorted(document["points"], key=lambda p: list(WORDS).index(p["point"]["workload"]))
     others = [family for family in measure.families(points) if family != measure.OURS]
     head = [
         "of",
@@ -102,7 +101,7 @@ def percent(share: float | None) -> str:
 
 def divergences() -> str:
     """Every divergence beside its textbook form."""
-    document = read("divergences-cpu.json")
+    document = read("divergences-cpu-epyc.json")
     rows = []
     for name, found in document["divergences"].items():
         best = found["best_ms"]
@@ -128,7 +127,7 @@ def divergences() -> str:
 
 def extras() -> str:
     """Noise and mixtures beside the same call without."""
-    document = read("divergences-cpu.json")
+    document = read("divergences-cpu-epyc.json")
     rows = []
     for name, found in document["extras"].items():
         best = found["best_ms"]
@@ -182,21 +181,6 @@ def models() -> str:
     return markdown_table(["models like", *e2e_report.HEAD], rows, left=2)
 
 
-def demo() -> str:
-    """The students of the demo."""
-    return markdown_table(*report.language_table(read("demo-cpu.json")))
-
-
-def cached() -> str:
-    """Those of a stored teacher."""
-    return markdown_table(*cached_report.table(read("demo-cpu.json")))
-
-
-def heads() -> str:
-    """The head alone, as the demo measures it."""
-    return markdown_table(*report.head_table(read("demo-cpu.json")), left=2)
-
-
 def elsewhere() -> str:
     """What has no table of its own."""
     hand, ours = (read("hf-cpu.json")["seconds"][name] for name in ("by hand", "DistillMixin"))
@@ -246,8 +230,7 @@ def elsewhere() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    made.__name__: made
-    for made in (losses, models, divergences, extras, cluster, elsewhere, demo, cached, heads)
+    made.__name__: made for made in (losses, first, models, divergences, extras, cluster, elsewhere)
 }
 
 

@@ -101,6 +101,6 @@ def test_formulas_are_shown(site: Path, pages: dict[Path, Page]) -> None:
 
 def test_the_command_line_is_all_there(site: Path) -> None:
     text = (site / "cli.html").read_text(encoding="utf-8")
-    commands = "info", "cache build", "distill", "audit"
+    commands = "info", "bench", "cache build", "distill", "audit"
     for said in (*(f"kdkernels {name}" for name in commands), "--compile", "--student-layers"):
         assert said in text

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import kdkernels as kd
+from benchmarks import readme
 from kdkernels import divergences
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -192,3 +193,21 @@ def test_what_the_readme_says_is_printed(names: dict[str, Any], capsys: pytest.C
     exec(snippet, names)
     said = re.search(r"# \.\.\. (heads: .*)", snippet)
     assert said is not None and said[1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page: Path) -> None:
+    """Between the marks is what `python -m benchmarks readme` makes of the committed figures."""
+    text = page.read_text(encoding="utf-8")
+    named = [found[2] for found in readme.PLACE.finditer(text)]
+    assert len(named) == text.count("<!-- table:") == text.count("<!-- end -->")
+    assert not readme.out_of_step(page)
+    if page.name == "README.md":
+        assert {*named} == readme.TABLES.keys() - {"first"}
+
+
+def test_a_figure_that_was_changed_is_out_of_step(tmp_path: Path) -> None:
+    text = readme.PAGES[0].read_text(encoding="utf-8")
+    changed = tmp_path / "README.md"
+    changed.write_text(re.sub(r"(forward KL +\| +)([0-9.]+)", r"\g<1>9.99", text, count=1), encoding="utf-8")
+    assert readme.out_of_step(changed) == ["losses"]

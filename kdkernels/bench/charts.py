@@ -107,7 +107,10 @@ def _curves(points: Sequence[dict[str, Any]]) -> Any:
             axes.set_ylim(0, max(105.0, axes.get_ylim()[1]))
         else:
             axes.set_yscale("log")
-        sizes = [p["point"][axis] for p in chosen]
+        sizes: list[int] = []
+        for size in (p["point"][axis] for p in chosen):
+            if not sizes or size > 1.4 * sizes[-1]:  # nearer ones would be written over each other
+                sizes.append(size)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
         axes.minorticks_off()
         axes.grid(alpha=0.25)

@@ -132,8 +132,8 @@ class Settings:
 
 
 _DEFAULTS = {
-    # Little memory, so that tries are short: Qwen's 36 take 219 seconds of CPU, TRL's 8 half of them.
-    "cpu": Settings("cpu", "float32", tuple(VOCABS), 256, 64, 5, 2 << 30, 8192),
+    # Little memory and few tokens, so that tries are short and all of it takes minutes.
+    "cpu": Settings("cpu", "float32", tuple(VOCABS), 128, 32, 6, 3 << 29, 4096),
     "cuda": Settings("cuda", "bfloat16", tuple(VOCABS), 4096, 256, 12, None, 131_072),
 }
 
@@ -259,11 +259,14 @@ def _of_memory(
         return bool(found["fits"])
 
     def guess() -> float | None:
-        """As if the peak were as many bytes for each token, which overrates what doesn't grow with them."""
-        peak = tries[0]["peak"]
-        if settings.memory is None or not peak:
+        """Where a line through the peaks of few tokens and of twice as many meets the limit."""
+        few, many = settings.tokens, 2 * settings.tokens
+        if settings.memory is None or many >= settings.most or not fits(many):
             return None
-        return float(settings.tokens * settings.memory / peak)
+        peaks = {each["tokens"]: each["peak"] for each in tries}
+        if not peaks[few] or not peaks[many] or peaks[many] <= peaks[few]:
+            return None
+        return few + (settings.memory - peaks[few]) * (many - few) / float(peaks[many] - peaks[few])
 
     try:
         tokens = largest(fits, settings.tokens, settings.most, settings.length, guess)
@@ -372,7 +375,8 @@ def run(
             found["memory"] = {}
             # Nothing is timed here: on a CPU, whose limit is of a process, several search at once.
             at_once = max(1, os.cpu_count() or 1) if settings.device == "cpu" else 1
-            search = partial(_of_memory, case, settings=settings, preload=preload, say=progress.step)
+            alone = case if at_once == 1 else replace(case, threads=1)
+            search = partial(_of_memory, alone, settings=settings, preload=preload, say=progress.step)
             with progress.phase(f"{family}: memory", len(right)), ThreadPoolExecutor(at_once) as pool:
                 for method, of_it in zip(right, pool.map(search, right), strict=True):
                     of_it["growth"] = _growth(of_it["tries"], pair.vocab)

@@ -190,6 +190,9 @@ def _bars(axes: Any, names: list[str], document: dict[str, Any], bars: list[Bar]
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(begin or None, most * (most / begin) ** 0.25 if log else most * 1.25)
+    if log:
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter("")  # between powers of ten they would be written over each other
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="x", labelsize=8)
 

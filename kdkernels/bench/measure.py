@@ -195,7 +195,12 @@ def _all_peaks(
 
     Nothing is timed here, and what is compiled is in the compiler's cache afterwards.
     """
-    jobs = [(p, e) for p, who in plan for e in who if p.tensor_bytes >= SMALLEST_FOR_MEMORY]
+    # In tensors of [N, V] a peak is the same for any N: of points that differ in it alone one will do.
+    first: dict[Point, Point] = {}
+    for point, _ in plan:
+        if point.tensor_bytes >= SMALLEST_FOR_MEMORY:
+            first.setdefault(replace(point, rows=0), point)
+    jobs = [(p, e) for p, who in plan for e in who if first.get(replace(p, rows=0)) == p]
 
     def run(job: tuple[Point, Entry]) -> Peak | str | None:
         try:
