@@ -223,7 +223,7 @@ def test_a_step_that_finds_no_memory_is_known_as_that(
     ],
 )
 def test_a_process_that_ends_otherwise_is_an_error(method: Method, says: str) -> None:
-    found = e2e._of_memory(case("qwen"), method, TINY, PRELOAD, lambda text: None)
+    found = e2e._of_memory(case("qwen"), method, TINY, PRELOAD, lambda text, count: None)
     assert found == {"tokens": None, "problem": f"error: {says}", "tries": []}
 
 
@@ -410,7 +410,7 @@ def test_defaults() -> None:
         (["--rounds", "2"], "results"),
         (["--pairs", "gemma", "llama"], "selection"),
         (["--quick"], "selection"),
-        (["--memory", "1.5"], "selection"),
+        (["--memory", "2.5"], "selection"),
         (["--out", "own"], "own"),
     ],
 )
@@ -436,6 +436,7 @@ def test_where_the_command_writes(
     ((settings, line),) = asked
     assert line == " ".join(["python -m benchmarks e2e", *arguments])
     assert settings.rounds == 2 or "--quick" not in arguments
+    usual = e2e.settings_for("cpu").memory
     assert settings.memory == (
-        1.5 * 2**30 if "--memory" in arguments else 2**29 if "--quick" in arguments else 2**31
+        2.5 * 2**30 if "--memory" in arguments else 2**29 if "--quick" in arguments else usual
     )
