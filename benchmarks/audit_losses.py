@@ -90,8 +90,8 @@ def spellings() -> Iterator[Examined]:
         "of images, whose labels are all classes; 0.25 × soft + 0.75 × cross-entropy",
     )  # fmt: skip
     yield Examined("eager", "F.kl_div in one line", one_line, {"divergence": "forward_kl"})
-    for divergence, named in eager.SPELLINGS.items():
-        for name, spelling in named.items():
+    for divergence in eager.TERMS:
+        for name, spelling in eager.SPELLINGS[divergence].items():
 
             def loss(z: Tensor, v: Tensor, temperature: float, spelling: eager.Loss = spelling) -> Tensor:
                 return spelling(

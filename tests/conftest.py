@@ -16,6 +16,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 # Before torch loads OpenMP: its idle threads spin, which on two busy cores made the suite ten times slower.
@@ -202,7 +203,9 @@ def pytest_testnodedown(node: Any, error: Any) -> None:
     count = getattr(node, "workeroutput", {}).get("left out", 0)
     if count and LEFT_OUT not in node.config.stash:
         node.config.stash[LEFT_OUT] = count
-        node.config.hook.pytest_deselected(items=[None] * count)
+        node.config.hook.pytest_deselected(
+            items=[SimpleNamespace()] * count
+        )  # plugins look at their attributes
 
 
 def mark_gpu(items: list[pytest.Item]) -> None:
