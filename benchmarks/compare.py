@@ -1,4 +1,4 @@
-"""``python -m benchmarks compare``: everything beside everyone on this machine, in a quarter of an hour.
+"""``python -m benchmarks compare``: everything beside everyone on this machine, in some 17 minutes.
 
 What ``kdkernels bench`` measures (logits, heads, stored teachers: a middle size of each, and V, N,
 divergence, T and dtype around it) with liger-kernel, TRL, cut-cross-entropy and quack-kernels beside eager

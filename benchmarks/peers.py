@@ -1,15 +1,19 @@
 """Whoever else computes such losses, each called as its own documentation has it, where it is installed.
 
-| package | logits | hidden states and heads |
-|---|---|---|
-| liger-kernel | `LigerKLDIVLoss`, `LigerJSD`, `LigerCrossEntropyLoss`, Triton on a GPU | `LigerFusedLinearJSDLoss` anywhere; `LigerFusedLinearCrossEntropyLoss` on a GPU |
-| trl | `generalized_jsd_loss` of its GKD trainer | `_chunked_divergence_loss` of its distillation trainer |
-| cut-cross-entropy | | `linear_cross_entropy`: labels alone |
-| quack-kernels | `cross_entropy`: labels alone, on a GPU | `chunked_linear_cross_entropy`: likewise |
+liger-kernel
+    Logits: ``LigerKLDIVLoss``, ``LigerJSD``, ``LigerCrossEntropyLoss``, Triton on a GPU. Heads:
+    ``LigerFusedLinearJSDLoss`` anywhere, ``LigerFusedLinearCrossEntropyLoss`` on a GPU.
+trl
+    Logits: ``generalized_jsd_loss`` of its GKD trainer. Heads: ``_chunked_divergence_loss`` of its
+    distillation trainer.
+cut-cross-entropy
+    Heads, labels alone: ``linear_cross_entropy``.
+quack-kernels
+    Labels alone, on a GPU: ``cross_entropy`` of logits, ``chunked_linear_cross_entropy`` of heads.
 
-Where one has no T² or no labels' term, its user multiplies or adds: so do these. A module of `kdkernels.bench`'s
-contestants.
-"""  # noqa: E501
+Where one has no T² or no labels' term, its user multiplies or adds: so do these. A module of
+`kdkernels.bench`'s contestants.
+"""
 
 from __future__ import annotations
 
