@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from .audit_cli import NoLoss, load
+from .auditing.named import NoLoss, load
 
 if TYPE_CHECKING:
     import typer

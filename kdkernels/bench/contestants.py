@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..audit_cli import load
 from ..auditing.adapter import AUTO, detect
+from ..auditing.named import load
 from ..divergences import JSD, SkewKL, SkewReverseKL
 from ..sources import Head
 from ..sparse import Sampled, TopK
