@@ -1,8 +1,8 @@
 """What measures: `kdkernels bench`, and the harness below it and `python -m benchmarks`.
 
-Points and their inputs are in `workloads`, who takes part in `contestants`, the measuring in `measure`, what is
-said of it in `charts` and `pages`; language models in `e2e`. Below are timing in interleaved rounds, ceilings,
-memory, reports.
+Points and their inputs are in `workloads`, who takes part in `contestants`, the measuring in `measure`, what
+is said of it in `charts` and `pages`; language models in `e2e`. Below are timing in interleaved rounds,
+ceilings, memory, reports.
 
 Needs nothing but torch; rich, where it is installed, draws the progress bars and the tables.
 """
