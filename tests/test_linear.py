@@ -287,6 +287,50 @@ def test_errors_are_no_larger_than_eagers(backend: str, dtype: torch.dtype, numb
         assert error <= 1.01 * eagers + 1e-6 * true.abs().max(), f"{name}: {error:.3g} to {eagers:.3g}"
 
 
+@pytest.mark.parametrize("given", ["alone", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 5, 40), (3, 40, 5), (40, 5, 3), (4, 4, 4)], ids=str)
+def test_products_of_wide_copies_round_once(
+    monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], dtype: torch.dtype, given: str
+) -> None:
+    """Whichever side is the longest, in small parts: half a unit of the dtype, and what float32 sums lose."""
+    monkeypatch.setattr(chunks, "WIDENED", 100)
+    rows, inner, columns = sizes
+    a, b = torch.randn(inner, rows).to(dtype).t(), torch.randn(inner, columns).to(dtype)
+    bias = torch.randn(columns).to(dtype) if given == "bias" else None
+    out = torch.full((rows, columns), torch.nan, dtype=dtype)
+    linear._product_of_wide(a, b, out, bias)
+    exact = a.double() @ b.double() + (0.0 if bias is None else bias.double())
+    lost = 1e-6 * (a.double().abs() @ b.double().abs() + 1)
+    assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() + lost).all()
+
+
+@fused
+@pytest.mark.parametrize("number", ["one", "several"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_where_products_of_16_bits_are_loops_none_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, number: str
+) -> None:
+    """With AVX2 alone such a product takes a hundred times as long as that of float32 copies."""
+    monkeypatch.setattr(linear, "_is_loop", lambda dtype: dtype != torch.float32)
+    if DEVICES[backend] != "cpu":
+        pytest.skip("products on a GPU have their instructions")
+    p = pair(8, dtype=dtype, vocab=50)
+    asked: set[torch.dtype] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "matmul"):
+                asked.update(x.dtype for x in args if isinstance(x, Tensor))
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        budget = None if number == "one" else a_few_rows(p)
+        loss = kd.kd_loss(p.student(), p.teacher(), backend=backend, memory_budget=budget)
+        torch.autograd.grad(loss, p.parts)
+    assert asked == {torch.float32}
+
+
 @fused
 @pytest.mark.parametrize("lowered", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_multiplies_in_its_dtype(backend: str, lowered: torch.dtype) -> None:
