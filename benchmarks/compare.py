@@ -22,6 +22,7 @@ from kdkernels.bench_cli import cores, device_of, write
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = "benchmarks.peers"
+SECONDS = 3.0
 # How far a ratio of two runs on one quiet machine may be apart.
 ALLOWED = 0.10
 # Points beyond those around a centre: a vocabulary of models that people distil.
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="the middle sizes and one pair of models: minutes")
     p.add_argument("--only", choices=("losses", "models"), help="one part")
     p.add_argument(
-        "--seconds", type=float, default=1.5, help="how long a size is timed at least: %(default)s"
+        "--seconds", type=float, default=SECONDS, help="how long a size is timed at least: %(default)s"
     )
     p.add_argument("--out", type=Path, help="default: benchmarks/results, or runs/compare for less than all")
     p.add_argument("--agree", type=Path, metavar="FOLDER", help="another run's --out: 1 where a ratio is off")
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     device = device_of(options.device)
     started = time.perf_counter()
-    whole = not (options.quick or options.only or options.seconds != 1.5)
+    whole = not (options.quick or options.only or options.seconds != SECONDS)
     out = options.out or (RESULTS if whole else Path("runs/compare"))
     found: dict[str, float] = {}
     if options.only != "models":
@@ -96,8 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the next run. Where freed memory is kept nobody pays for them.
         settings = measure.Settings(
             cores(),
-            rounds=20,
+            rounds=30,
             seconds=options.seconds,
+            passes=1 if options.quick else 3,
             compiled=not options.quick,
             raised=device == "cpu",
             modules=(PEERS,),

@@ -42,6 +42,8 @@ PACKAGES = {
     "cut-cross-entropy": ("cut_cross_entropy", "cut_cross_entropy"),
     "quack-kernels": ("quack", "quack.cross_entropy"),
 }
+# What imports what is slow to import; not those that may look for a GPU when they are.
+PRELOAD = ("benchmarks.peers_imported",)
 NO_GPU = "its kernels need a GPU"
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+import types
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -179,9 +182,56 @@ def test_a_ratio_is_the_median_over_rounds() -> None:
     """Of both times in one round: a slow spell falls on both, and leaves it as it is."""
     ours, peer = Timing((1.0, 1.0, 10.0)), Timing((3.0, 3.0, 30.0))
     ceiling = {"bytes_per_s": 400.0, "flops_per_s": None}
-    found = measure._time_document(peer, workloads.Floor(600, 0), ceiling, ours)
-    assert (found["ratio"], found["best_ms"], found["median_ms"]) == (3.0, 3000.0, 3000.0)
+    found = measure._time_document(peer, workloads.Floor(600, 0), ceiling, ours, [3])
+    assert (found["ratio"], found["best_ms"], found["median_ms"]) == (pytest.approx(3.0), 3000.0, 3000.0)
     assert (found["bytes_per_s"], found["share"]) == (200.0, 0.5)
+
+
+def a_pass(ours: Sequence[float], peer: Sequence[float], best: float = 1.0) -> dict[str, Any]:
+    """What a process found."""
+    timings = {"kd_loss cpu": Timing(tuple(ours), (0,) * len(ours)), "eager kl_div": Timing(tuple(peer))}
+    ceiling = {"name": f"triad of {best}", "best": best, "work": workloads.Floor(800, 0)}
+    return {"verdicts": {}, "timings": timings, "ceiling": ceiling, "sets": 2, "other_cpus": best}
+
+
+def test_a_ratio_over_passes_weighs_each_alike() -> None:
+    """Whatever the number of their rounds: what moves a time is settled once a process."""
+    joined = measure._joined([a_pass([1.0, 2.0, 1.0], [2.0, 4.0, 9.0]), a_pass([1.0], [8.0], 0.5)])
+    assert isinstance(joined, dict) and joined["rounds"] == [3, 1] and joined["other_cpus"] == 0.75
+    assert joined["ceiling"] == {
+        "name": "triad of 0.5", "best_ms": 500.0, "bytes_per_s": 1600.0, "flops_per_s": None
+    }  # fmt: skip
+    peer, ours = (joined["timings"][name] for name in ("eager kl_div", "kd_loss cpu"))
+    assert (ours.faults, peer.faults) == ((0,) * 4, None)
+    found = measure._time_document(peer, workloads.Floor(600, 0), joined["ceiling"], ours, joined["rounds"])
+    assert found["ratio"] == pytest.approx((2.0 * 8.0) ** 0.5) and found["rounds"] == 4
+
+
+def test_passes_end_where_one_failed_or_all_had_their_time() -> None:
+    settings = measure.Settings(1, seconds=1.0, passes=3)
+    short = a_pass([1.0], [2.0])
+    assert measure._goes_on([], settings) and measure._goes_on([short], settings)
+    assert not measure._goes_on([short] * 4, settings)  # 12 seconds of 10
+    assert not measure._goes_on([short, "ended with exit code 3"], settings)
+    assert measure._joined([short, "ended with exit code 3"]) == "ended with exit code 3"
+
+
+def test_rounds_are_spread_over_processes() -> None:
+    """And only the first checks: those that it found to be wrong are in none of the others."""
+    found = measure.measure(
+        [Point("logits", 4, 300)], measure.Settings(1, 5, 0.01, passes=2, compiled=False, memory=False)
+    )
+    (point,) = found["points"]
+    assert {e["time"]["rounds"] >= 6 for e in point["entries"]} == {True}
+    assert all(e["loss_error"] is not None and e["problem"] is None for e in point["entries"])
+
+
+def test_what_is_slow_to_import_is_imported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("theirs")
+    monkeypatch.setitem(sys.modules, "theirs", module)
+    assert contestants.preload(["theirs", "a.py:loss"]) == ["theirs"]
+    monkeypatch.setattr(module, "PRELOAD", ("one", "other"), raising=False)
+    assert contestants.preload(["theirs"]) == ["one", "other"]
 
 
 def synthetic(**axis: int) -> dict[str, Any]:

@@ -200,6 +200,15 @@ def everyone(point: Point, modules: Sequence[str] = ()) -> tuple[list[Entry], di
     return found, missing
 
 
+def preload(modules: Sequence[str]) -> list[str]:
+    """What a server of processes is to import, so that none of them has to: a module, or its `PRELOAD`."""
+    found: list[str] = []
+    for name in modules:
+        if ":" not in name:
+            found += getattr(provider(name), "PRELOAD", (name,))
+    return found
+
+
 def build_any(entry: Entry, point: Point) -> Loss:
     """The loss of an entry, by what it is of."""
     made: Loss = provider(entry.module).build(entry, point)

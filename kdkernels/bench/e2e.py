@@ -44,7 +44,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,7 @@ class Settings:
 
 _DEFAULTS = {
     # Little memory and few tokens, so that tries are short and all of it takes minutes.
-    "cpu": Settings("cpu", "float32", tuple(VOCABS), 128, 32, 6, 3 << 29, 4096),
+    "cpu": Settings("cpu", "float32", tuple(VOCABS), 128, 32, 6, 3 << 29, 2048),
     "cuda": Settings("cuda", "bfloat16", tuple(VOCABS), 4096, 256, 12, None, 131_072),
 }
 
@@ -277,6 +276,40 @@ def _of_memory(
     }  # fmt: skip
 
 
+def _search(
+    cases: Sequence[Case],
+    pairs: Sequence[dict[str, Any]],
+    methods: Sequence[Method],
+    settings: Settings,
+    preload: Sequence[str],
+    progress: Progress,
+) -> None:
+    """Fills in `memory` of each pair for the contestants that its times don't say to be wrong."""
+    jobs = []
+    for case, found in zip(cases, pairs, strict=True):
+        wrong = (found["time"] or {}).get("problems", {})
+        right = [method for method in methods if wrong.get(method.name, OUT_OF_MEMORY) == OUT_OF_MEMORY]
+        found["memory"] = {}
+        jobs += [(case, method, found) for method in right]
+    # Nothing is timed here: on a CPU, whose limit is of a process, several search at once.
+    at_once = max(1, os.cpu_count() or 1) if settings.device == "cpu" else 1
+
+    def search(job: tuple[Case, Method, Any]) -> dict[str, Any]:
+        case, method, _ = job
+        alone = case if at_once == 1 else replace(case, threads=1)
+
+        def say(text: str, count: int) -> None:
+            progress.step(f"{case.pair.family}: {text}", count)
+
+        return _of_memory(alone, method, settings, preload, say)
+
+    with progress.phase("memory", len(jobs)), ThreadPoolExecutor(at_once) as pool:
+        for (case, method, found), of_it in zip(jobs, pool.map(search, jobs), strict=True):
+            of_it["growth"] = _growth(of_it["tries"], case.pair.vocab)
+            found["memory"][method.name] = of_it
+            progress.step(f"{case.pair.family}: {method.name}")
+
+
 def probe(
     case: Case, method: Method, count: int, settings: Settings, preload: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -361,28 +394,19 @@ def run(
         return document
     preload = _preload(methods, settings)
     say = progress.step
-    for family in settings.pairs:
-        pair = pair_of(family, settings.device, settings.vocab)
-        case = Case(pair, settings.device, settings.dtype, settings.threads, settings.length)
-        found: dict[str, Any] = {**asdict(pair), "time": None, "memory": None}
-        if settings.only in (None, "time"):
-            with progress.phase(f"{family}: time", len(methods) + settings.rounds):
+    cases = [
+        Case(pair_of(family, settings.device, settings.vocab), settings.device, settings.dtype,
+             settings.threads, settings.length)
+        for family in settings.pairs
+    ]  # fmt: skip
+    document["pairs"] = [{**asdict(case.pair), "time": None, "memory": None} for case in cases]
+    if settings.only in (None, "time"):
+        for case, found in zip(cases, document["pairs"], strict=True):
+            with progress.phase(f"{case.pair.family}: time", len(methods) + settings.rounds):
                 found["time"] = _of_time(case, methods, settings, preload, say)
                 found["time"]["ratios"] = _ratios(found["time"]["seconds"], document["ours"])
-        if settings.only in (None, "memory"):
-            wrong = (found["time"] or {}).get("problems", {})
-            right = [method for method in methods if wrong.get(method.name, OUT_OF_MEMORY) == OUT_OF_MEMORY]
-            found["memory"] = {}
-            # Nothing is timed here: on a CPU, whose limit is of a process, several search at once.
-            at_once = max(1, os.cpu_count() or 1) if settings.device == "cpu" else 1
-            alone = case if at_once == 1 else replace(case, threads=1)
-            search = partial(_of_memory, alone, settings=settings, preload=preload, say=progress.step)
-            with progress.phase(f"{family}: memory", len(right)), ThreadPoolExecutor(at_once) as pool:
-                for method, of_it in zip(right, pool.map(search, right), strict=True):
-                    of_it["growth"] = _growth(of_it["tries"], pair.vocab)
-                    found["memory"][method.name] = of_it
-                    progress.step(method.name)
-        document["pairs"].append(found)
+    if settings.only in (None, "memory"):
+        _search(cases, document["pairs"], methods, settings, preload, progress)
     document["seconds"] = {**progress.seconds, "all": time.perf_counter() - started}
     document["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return document

@@ -3,6 +3,10 @@
 Of each point every contestant's peak memory is taken in a process of its own; then one process checks all of
 them against fp64 and times those that are right, interleaved round by round, on input sets that rotate. A
 contestant that is wrong is shown as such and not timed.
+
+Where tensors lie in memory is settled once a process, and moves a time by some 5 %, as do minutes in which a
+machine is slower. So rounds can be spread over passes: all points in turn, each in a new process, then all of
+them once more.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,8 +31,8 @@ from .contestants import OURS, Entry
 from .isolated import ProcessDied, run_isolated
 from .memory import Peak, peak_growth, raise_malloc_thresholds
 from .report import Progress, environment
-from .timing import Contestant, Neighbours, Timing, clock_for, race
-from .workloads import Point, floor, workload
+from .timing import Contestant, Neighbours, Timing, clock_for, joined, race
+from .workloads import Point, Workload, floor, workload
 
 SCHEMA = 1
 # Below this much a tensor, thread stacks and malloc's slack would drown a peak.
@@ -35,6 +40,8 @@ SMALLEST_FOR_MEMORY = 8_000_000
 # How many processes may say nothing, in seconds: one of them compiles.
 PATIENCE = 600.0
 PRELOAD = ("torch", __name__)
+# A point's rounds end when they have taken this many times what they take at least.
+MOST = 10.0
 Send = Callable[[Any], None]
 
 
@@ -46,6 +53,7 @@ class Settings:
         threads: Of torch.
         rounds: Timed rounds of a point at least, unless they take ten times `seconds`.
         seconds: How long a point's rounds go on at least.
+        passes: How many processes those are spread over.
         compiled: Whether `torch.compile` takes part.
         memory: Whether peak memory is taken.
         raised: Whether glibc's thresholds are raised first, so that what is freed is kept.
@@ -55,6 +63,7 @@ class Settings:
     threads: int
     rounds: int = 10
     seconds: float = 2.0
+    passes: int = 1
     compiled: bool = True
     memory: bool = True
     raised: bool = False
@@ -80,13 +89,19 @@ def measure(points: Sequence[Point], settings: Settings, progress: Progress | No
     system = environment(device, settings.threads)
     peaks = _all_peaks([(p, who) for p, who, _ in plan], settings, progress) if settings.memory else {}
     measured = []
-    with progress.phase("times", len(plan)):
-        for point, who, _ in plan:
-            progress.step(str(point), 0)
-            found = _timed(point, who, settings, partial(progress.step, count=0))
-            measured.append(_point_document(point, who, found, peaks))
-            progress.step(str(point))
-            progress.say(summary(measured[-1]))
+    found: list[list[dict[str, Any] | str]] = [[] for _ in plan]
+    with progress.phase("times", len(plan) * settings.passes):
+        for number in range(1, settings.passes + 1):
+            for (point, who, _), passes in zip(plan, found, strict=True):
+                progress.step(str(point), 0)
+                if _goes_on(passes, settings):
+                    right = _right(passes[0], who) if passes else who
+                    say = partial(progress.step, count=0)
+                    passes.append(_timed(point, right, settings, not passes, say))
+                progress.step(str(point))
+                if number == settings.passes:
+                    measured.append(_point_document(point, who, _joined(passes), peaks))
+                    progress.say(summary(measured[-1]))
     return {
         "schema": SCHEMA,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -126,14 +141,46 @@ def memory_process(send: Send, point: Point, entry: Entry, settings: Settings) -
     return peak_growth(lambda: run(0), torch.device(point.device))
 
 
-def time_process(send: Send, point: Point, who: list[Entry], settings: Settings) -> dict[str, Any]:
-    """Errors of all contestants of a point, and the times of those that are right."""
+def time_process(
+    send: Send, point: Point, who: list[Entry], settings: Settings, first: bool = True
+) -> dict[str, Any]:
+    """A pass of a point: times of the contestants; the first leaves out whom fp64 says to be wrong."""
     _prepare(settings)
     made = workload(point)
+    if first:
+        running, verdicts = _checked(made, who, send)
+    else:
+        running, verdicts = [Contestant(e.name, made.step(contestants.build_any(e, point))) for e in who], {}
+    ceilings = made.ceilings()
+    neighbours = Neighbours()
+    timings = race(
+        running + ceilings,
+        sets=len(made.sets),
+        clock=clock_for(torch.device(point.device)),
+        min_rounds=math.ceil(settings.rounds / settings.passes),
+        min_seconds=settings.seconds / settings.passes,
+        max_seconds=MOST * settings.seconds / settings.passes,
+        warmup=0 if first else 1,  # the check has run everyone once
+        on_round=lambda number: send(f"{point}: round {number + 1}"),
+    )
+    best = min((c.name for c in ceilings), key=lambda name: timings[name].best)
+    return {
+        "verdicts": verdicts,
+        "timings": {c.name: timings[c.name] for c in running},
+        "ceiling": {"name": best, "best": timings[best].best, "work": made.ceiling_work()},
+        "sets": len(made.sets),
+        "other_cpus": neighbours.cpus(),
+    }
+
+
+def _checked(
+    made: Workload, who: list[Entry], send: Send
+) -> tuple[list[Contestant], dict[str, dict[str, Any]]]:
+    """Those that are right, and the errors of all."""
+    point, running = made.point, []
+    verdicts: dict[str, dict[str, Any]] = {}
     send(f"{point}: fp64 truth")
     truth = made.truth()
-    verdicts: dict[str, dict[str, Any]] = {}
-    running: list[Contestant] = []
     for entry in who:
         send(f"{point}: {entry.name} against fp64")
         try:
@@ -146,32 +193,7 @@ def time_process(send: Send, point: Point, who: list[Entry], settings: Settings)
         verdicts[entry.name] = {"problem": problem, "errors": [_finite(x) for x in errors]}
         if problem is None:
             running.append(Contestant(entry.name, run))
-    del truth
-    ceilings = made.ceilings()
-    neighbours = Neighbours()
-    timings = race(
-        running + ceilings,
-        sets=len(made.sets),
-        clock=clock_for(torch.device(point.device)),
-        min_rounds=settings.rounds,
-        min_seconds=settings.seconds,
-        max_seconds=10 * settings.seconds,
-        on_round=lambda number: send(f"{point}: round {number + 1}"),
-    )
-    best = min((c.name for c in ceilings), key=lambda name: timings[name].best)
-    work = made.ceiling_work()
-    return {
-        "verdicts": verdicts,
-        "timings": {c.name: timings[c.name] for c in running},
-        "ceiling": {
-            "name": best,
-            "best_ms": timings[best].best * 1e3,
-            "bytes_per_s": work.bytes / timings[best].best if not work.flops else None,
-            "flops_per_s": work.flops / timings[best].best if work.flops else None,
-        },
-        "sets": len(made.sets),
-        "other_cpus": neighbours.cpus(),
-    }
+    return running, verdicts
 
 
 def _failure(error: Exception) -> str:
@@ -205,7 +227,7 @@ def _all_peaks(
     def run(job: tuple[Point, Entry]) -> Peak | str | None:
         try:
             found: Peak | None = run_isolated(
-                memory_process, *job, settings, preload=PRELOAD, patience=PATIENCE
+                memory_process, *job, settings, preload=_preload(settings), patience=PATIENCE
             )
         except ProcessDied as error:
             return str(error).strip().splitlines()[-1][:200]
@@ -226,15 +248,57 @@ def _all_peaks(
 
 
 def _timed(
-    point: Point, who: list[Entry], settings: Settings, say: Callable[[str], None]
+    point: Point, who: list[Entry], settings: Settings, first: bool, say: Callable[[str], None]
 ) -> dict[str, Any] | str:
     try:
         found: dict[str, Any] = run_isolated(
-            time_process, point, who, settings, on_message=say, preload=PRELOAD, patience=PATIENCE
-        )
+            time_process, point, who, settings, first,
+            on_message=say, preload=_preload(settings), patience=PATIENCE,
+        )  # fmt: skip
     except ProcessDied as error:
         return str(error).strip().splitlines()[-1][:200]
     return found
+
+
+def _preload(settings: Settings) -> tuple[str, ...]:
+    return (*PRELOAD, *contestants.preload(settings.modules))
+
+
+def _right(found: dict[str, Any] | str, who: list[Entry]) -> list[Entry]:
+    return [] if isinstance(found, str) else [each for each in who if each.name in found["timings"]]
+
+
+def _goes_on(passes: Sequence[dict[str, Any] | str], settings: Settings) -> bool:
+    """Whether a point needs one more pass: not if it failed, or took as long as all of them may."""
+    taken = 0.0
+    for each in passes:
+        if isinstance(each, str):
+            return False
+        taken += sum(sum(timing.seconds) for timing in each["timings"].values())
+    return taken < MOST * settings.seconds
+
+
+def _joined(passes: Sequence[dict[str, Any] | str]) -> dict[str, Any] | str:
+    """What the first pass says of errors, with the rounds of all, and how many each had."""
+    good = [each for each in passes if not isinstance(each, str)]
+    if len(good) < len(passes):
+        return next(each for each in passes if isinstance(each, str))
+    ceilings = [each["ceiling"] for each in good]
+    best = min(ceilings, key=lambda each: float(each["best"]))
+    others = [each["other_cpus"] for each in good]
+    return {
+        "verdicts": good[0]["verdicts"],
+        "timings": {name: joined([g["timings"][name] for g in good]) for name in good[0]["timings"]},
+        "rounds": [max((len(t.seconds) for t in g["timings"].values()), default=0) for g in good],
+        "ceiling": {
+            "name": best["name"],
+            "best_ms": best["best"] * 1e3,
+            "bytes_per_s": None if best["work"].flops else best["work"].bytes / best["best"],
+            "flops_per_s": best["work"].flops / best["best"] if best["work"].flops else None,
+        },
+        "sets": good[0]["sets"],
+        "other_cpus": None if None in others else statistics.mean(others),
+    }
 
 
 def _point_document(
@@ -262,7 +326,8 @@ def _point_document(
                 "problem": verdict["problem"],
                 "loss_error": verdict["errors"][0] if verdict["errors"] else None,
                 "gradient_error": verdict["errors"][1] if verdict["errors"] else None,
-                "time": None if timing is None else _time_document(timing, least, ceiling, timings.get(ours)),
+                "time": timing
+                and _time_document(timing, least, ceiling, timings.get(ours), result["rounds"]),
                 "peak_bytes": peak.bytes if isinstance(peak, Peak) else None,
                 "peak_method": peak.method if isinstance(peak, Peak) else peak,
             }
@@ -280,15 +345,20 @@ def _point_document(
 
 
 def _time_document(
-    timing: Timing, least: Any, ceiling: dict[str, Any] | None, ours: Timing | None
+    timing: Timing, least: Any, ceiling: dict[str, Any] | None, ours: Timing | None, rounds: Sequence[int]
 ) -> dict[str, Any]:
-    """The figures of one contestant; `ratio` is the median over rounds of its time over that of `kd_loss`."""
+    """The figures of one contestant.
+
+    `ratio` is the median over a pass's rounds of its time over that of `kd_loss`; the geometric mean of
+    several passes'.
+    """
     unit = "flops" if least.flops else "bytes"
     rate = getattr(least, unit) / timing.best
     most = ceiling[f"{unit}_per_s"] if ceiling else None
     ratio = None
     if ours is not None:
-        ratio = statistics.median(a / b for a, b in zip(timing.seconds, ours.seconds, strict=True))
+        each = iter([a / b for a, b in zip(timing.seconds, ours.seconds, strict=True)])
+        ratio = statistics.geometric_mean(statistics.median(islice(each, count)) for count in rounds)
     return {
         "best_ms": timing.best * 1e3,
         "median_ms": timing.median * 1e3,
