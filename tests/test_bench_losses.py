@@ -211,7 +211,7 @@ def test_passes_end_where_one_failed_or_all_had_their_time() -> None:
     settings = measure.Settings(1, seconds=1.0, passes=3)
     short = a_pass([1.0], [2.0])
     assert measure._goes_on([], settings) and measure._goes_on([short], settings)
-    assert not measure._goes_on([short] * 4, settings)  # 12 seconds of 10
+    assert not measure._goes_on([short] * 2, settings)  # 6 seconds of 6
     assert not measure._goes_on([short, "ended with exit code 3"], settings)
     assert measure._joined([short, "ended with exit code 3"]) == "ended with exit code 3"
 

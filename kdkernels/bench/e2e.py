@@ -468,4 +468,8 @@ def _preload(methods: Sequence[Method], settings: Settings) -> list[str]:
         f"transformers.models.{_MODELING[name]}.modeling_{_MODELING[name]}" for name in settings.pairs
     ]
     needed = [module for method in methods for module in (*method.modules, method.loss.__module__)]
-    return list(dict.fromkeys(["torch", *modeling, "kdkernels.bench.e2e_process", *needed]))
+    return list(
+        dict.fromkeys(
+            ["torch", *modeling, "kdkernels.bench.e2e_process", *needed, "kdkernels.bench.compiler"]
+        )
+    )

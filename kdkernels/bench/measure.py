@@ -41,7 +41,7 @@ SMALLEST_FOR_MEMORY = 8_000_000
 PATIENCE = 600.0
 PRELOAD = ("torch", __name__)
 # A point's rounds end when they have taken this many times what they take at least.
-MOST = 10.0
+MOST = 6.0
 Send = Callable[[Any], None]
 
 
@@ -51,7 +51,7 @@ class Settings:
 
     Attributes:
         threads: Of torch.
-        rounds: Timed rounds of a point at least, unless they take ten times `seconds`.
+        rounds: Timed rounds of a point at least, unless they take `MOST` times `seconds`.
         seconds: How long a point's rounds go on at least.
         passes: How many processes those are spread over.
         compiled: Whether `torch.compile` takes part.
@@ -261,7 +261,8 @@ def _timed(
 
 
 def _preload(settings: Settings) -> tuple[str, ...]:
-    return (*PRELOAD, *contestants.preload(settings.modules))
+    compiler = ("kdkernels.bench.compiler",) if settings.compiled else ()
+    return (*PRELOAD, *compiler, *contestants.preload(settings.modules))
 
 
 def _right(found: dict[str, Any] | str, who: list[Entry]) -> list[Entry]:
