@@ -1,4 +1,4 @@
-"""``python -m benchmarks compare``: everything beside everyone on this machine, in some 17 minutes.
+"""``python -m benchmarks compare``: everything beside everyone on this machine, in some 16 minutes.
 
 What ``kdkernels bench`` measures (logits, heads, stored teachers: a middle size of each, and V, N,
 divergence, T and dtype around it) with liger-kernel, TRL, cut-cross-entropy and quack-kernels beside eager
@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import e2e
-from kdkernels.bench import measure, workloads
+from benchmarks.e2e_peers import PEERS as MODEL_PEERS
+from kdkernels.bench import e2e as models
+from kdkernels.bench import isolated, measure, workloads
 from kdkernels.bench.report import command_line
 from kdkernels.bench_cli import cores, device_of, write
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = "benchmarks.peers"
-SECONDS = 3.0
+SECONDS = 2.0
 # How far a ratio of two runs on one quiet machine may be apart.
 ALLOWED = 0.10
 # Points beyond those around a centre: a vocabulary of models that people distil.
@@ -37,7 +39,7 @@ def ratios(losses: dict[str, Any]) -> Iterator[tuple[str, float]]:
                 yield f"{measure.described(point)}, {entry['name']}", float(entry["time"]["ratio"])
 
 
-def of_models(document: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def model_ratios(document: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Likewise of the models."""
     for pair in document["pairs"]:
         for name, ratio in ((pair["time"] or {}).get("ratios") or {}).items():
@@ -90,20 +92,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = not (options.quick or options.only or options.seconds != SECONDS)
     out = options.out or (RESULTS if whole else Path("runs/compare"))
     found: dict[str, float] = {}
+    # As memory comes, most of what an eager loss costs on a CPU is page faults, a third more or less in
+    # the next run. Where freed memory is kept nobody pays for them.
+    settings = measure.Settings(
+        cores(),
+        rounds=20,
+        seconds=options.seconds,
+        passes=1 if options.quick else 2,
+        compiled=not options.quick,
+        raised=device == "cpu",
+        modules=(PEERS,),
+    )
+    of_models = [m for m in (*models.METHODS, *MODEL_PEERS) if m.why_not(device) is None]
+    isolated.start([*measure.preload(settings), *models.preload(of_models, models.settings_for(device))])
     if options.only != "models":
         names, plan = workloads.WORKLOADS, measure.centres if options.quick else measure.star
         points = [*plan(device, names), *([] if options.quick else MORE[device])]
-        # As memory comes, most of what an eager loss costs on a CPU is page faults, a third more or less in
-        # the next run. Where freed memory is kept nobody pays for them.
-        settings = measure.Settings(
-            cores(),
-            rounds=30,
-            seconds=options.seconds,
-            passes=1 if options.quick else 3,
-            compiled=not options.quick,
-            raised=device == "cpu",
-            modules=(PEERS,),
-        )
         losses = measure.measure(points, settings)
         quick = ["--quick"] if options.quick else []
         losses["command"] = command_line("benchmarks", ["compare", *quick, "--device", device])
@@ -120,7 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def earlier(folder: Path, device: str, parts: Sequence[str] = ("losses", "models")) -> dict[str, float]:
     """The ratios that a run has written."""
     found: dict[str, float] = {}
-    files = {"losses": (f"compare-{device}/bench.json", ratios), "models": (f"e2e-{device}.json", of_models)}
+    files = {
+        "losses": (f"compare-{device}/bench.json", ratios),
+        "models": (f"e2e-{device}.json", model_ratios),
+    }
     for name, read in (files[part] for part in parts):
         if (folder / name).is_file():
             found |= dict(read(json.loads((folder / name).read_text(encoding="utf-8"))))

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", choices=e2e.PARTS, help="one part")
     p.add_argument("--tokens", type=int, help="of a timed step; default 128, or 4096")
     p.add_argument("--most", type=int, metavar="TOKENS", help="more are not tried; default 2048, or 131072")
-    p.add_argument("--rounds", type=int, help="timed steps; default 6, or 12")
+    p.add_argument("--rounds", type=int, help="timed steps; default 9, or 12")
     p.add_argument(
         "--memory", type=float, metavar="GIB", help="beyond the models; default 1.5, or all of the GPU"
     )

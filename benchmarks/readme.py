@@ -57,13 +57,12 @@ def losses() -> str:
         if own is None:
             raise ValueError(f"{p}: kd_loss was not timed")
         loss = NAMES.get(p.divergence, p.divergence) + p.loss_words.removeprefix(p.divergence)
-        found = [measure.fastest(point, family) for family in others]
         what = WORDS[p.workload]
         rows.append(
             [
                 "" if what == before else what, f"({p.rows:,}, {p.vocab:,}) {SHORT[p.dtype]}", loss,
                 number(own["time"]["median_ms"]), percent(own["time"]["share"]),
-                *("" if e is None else number(e["time"]["ratio"]) for e in found),
+                *(ratio(point, family) for family in others),
                 memory(own, measure.fastest(point, "eager")),
             ]
         )  # fmt: skip
@@ -85,6 +84,14 @@ def first() -> str:
         rows.append([what, NAMES[p.divergence], *map(number, times), memory(found[0], found[1])])
     head = ["of", "loss", "`kd_loss` ms", "eager ms", "`torch.compile` ms", "memory, × eager's"]
     return markdown_table(head, rows, left=2)
+
+
+def ratio(point: dict[str, Any], family: str) -> str:
+    """Of its fastest."""
+    if measure.hopeless(point, family):
+        return f"> {measure.SLOW:.0f}"
+    entry = measure.fastest(point, family)
+    return "" if entry is None else number(entry["time"]["ratio"])
 
 
 def memory(own: dict[str, Any] | None, other: dict[str, Any] | None) -> str:

@@ -72,11 +72,11 @@ def _accumulate(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
 
 
 def _is_slow(out: Tensor) -> bool:
-    return out.device.type == "cpu" and _is_loop(out.dtype)
+    return out.device.type == "cpu" and is_loop(out.dtype)
 
 
 @cache
-def _is_loop(dtype: torch.dtype) -> bool:
+def is_loop(dtype: torch.dtype) -> bool:
     """Whether torch's products of this dtype are plain loops on this CPU, for want of instructions.
 
     With AVX2 alone, [128, 32768] by [32768, 256] takes 3.5 s in bfloat16, and 19 ms in float32.

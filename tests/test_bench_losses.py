@@ -207,6 +207,31 @@ def test_a_ratio_over_passes_weighs_each_alike() -> None:
     assert found["ratio"] == pytest.approx((2.0 * 8.0) ** 0.5) and found["rounds"] == 4
 
 
+def test_who_is_slow_beyond_comparison_is_not_timed(tmp_path: Path) -> None:
+    """But for one that was only compiled, or otherwise slow, at its first call."""
+    (tmp_path / "mine.py").write_text(
+        "import time\n"
+        "import torch.nn.functional as F\n"
+        "calls = []\n"
+        "def kl(z, v):\n"
+        "    return F.kl_div(z.log_softmax(-1), v.log_softmax(-1), reduction='batchmean', log_target=True)\n"
+        "def slow(z, v):\n    time.sleep(1.1)\n    return kl(z, v)\n"
+        "def slow_at_first(z, v):\n"
+        "    calls.append(time.sleep(0.0 if calls else 1.1))\n    return kl(z, v)\n"
+    )
+    settings = measure.Settings(
+        torch.get_num_threads(), 1, 0.01, compiled=False, memory=False,
+        modules=tuple(f"{tmp_path}/mine.py:{name}" for name in ("slow", "slow_at_first")),
+    )  # fmt: skip
+    (point,) = measure.measure([Point("logits", 4, 300)], settings)["points"]
+    entries = {e["name"]: e for e in point["entries"]}
+    assert entries["yours slow"]["time"] is None and entries["yours slow_at_first"]["time"]
+    assert re.match(r"slow: a step took 1\.\d s, over 10 times", entries["yours slow"]["problem"])
+    assert not measure.hopeless(point, "yours")
+    point["entries"].remove(entries["yours slow_at_first"])
+    assert measure.hopeless(point, "yours") and not measure.hopeless(point, "eager")
+
+
 def test_passes_end_where_one_failed_or_all_had_their_time() -> None:
     settings = measure.Settings(1, seconds=1.0, passes=3)
     short = a_pass([1.0], [2.0])

@@ -312,7 +312,7 @@ def test_where_products_of_16_bits_are_loops_none_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, number: str
 ) -> None:
     """With AVX2 alone such a product takes a hundred times as long as that of float32 copies."""
-    monkeypatch.setattr(linear, "_is_loop", lambda dtype: dtype != torch.float32)
+    monkeypatch.setattr(linear, "is_loop", lambda dtype: dtype != torch.float32)
     if DEVICES[backend] != "cpu":
         pytest.skip("products on a GPU have their instructions")
     p = pair(8, dtype=dtype, vocab=50)

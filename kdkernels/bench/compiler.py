@@ -6,4 +6,4 @@ import torch._inductor.config
 torch._inductor.config.compile_threads = 1
 
 import torch._dynamo  # noqa: E402
-import torch._inductor.compile_fx  # noqa: E402, F401
+import torch._inductor.compile_fx  # noqa: E402

@@ -9,14 +9,17 @@ Whether it is right
     Loss and gradients of the head, of the last norm and of the first layer, beside the same layers with heads
     and loss in float64. A contestant that is wrong is shown as that, and not timed.
 Tokens a second
-    At a number of tokens that all have room for, once a round in changing order, in one process. What is
-    compared is the median, over rounds, of a contestant's time over ours of the same round.
+    At a number of tokens that all have room for, once a round in changing order, in one process; on a CPU
+    with glibc's thresholds raised, so that freed memory is kept and nobody pays for page faults, which vary
+    from run to run. What is compared is the median, over rounds, of a contestant's time over ours of the same
+    round.
 The largest number of tokens
     Before memory runs out, in steps of one sequence: the memory of the GPU, or a part of it; on a CPU
     RLIMIT_DATA, set to what the process holds after a warm-up, models included, and `memory` bytes. Each try
-    is a process of its own. The first is the timed number, whose peak says about where the limit is, the
-    second `most`, beyond which nothing is tried. Around the limit steps are doubled until one has room and
-    one hasn't, then bisected until the two are less than a sixteenth, or one sequence, apart.
+    is a process of its own. The first are the timed number and twice that, whose peaks say about where the
+    limit is; `most`, beyond which nothing is tried, is next unless that is far below. Around the limit steps
+    are doubled until one has room and one hasn't, then bisected until the two are less than a sixteenth, or
+    one sequence, apart.
 Peak memory
     Of each of those tries that had room, beyond the models: gradients, activations, the loss. How it grows
     with the tokens, between the fewest and the most, is given in logits: as many float32 tensors of
@@ -132,7 +135,7 @@ class Settings:
 
 _DEFAULTS = {
     # Little memory and few tokens, so that tries are short and all of it takes minutes.
-    "cpu": Settings("cpu", "float32", tuple(VOCABS), 128, 32, 6, 3 << 29, 2048),
+    "cpu": Settings("cpu", "float32", tuple(VOCABS), 128, 32, 9, 3 << 29, 2048),
     "cuda": Settings("cuda", "bfloat16", tuple(VOCABS), 4096, 256, 12, None, 131_072),
 }
 
@@ -182,10 +185,10 @@ def largest(
         return max(unit, int(count / PRECISION) // unit * unit)
 
     if tried(start):
+        expected = guess() if low < most else None
         # Where that fails it does so early, at the first tensor that has no room.
-        if low < most and tried(most):
+        if low < most and (expected is None or 2 * expected > most) and tried(most):
             return most
-        expected = guess()
         step = low if expected is None else near(low)
         if expected is not None:
             # A bit less than it says, which is where the answer will be.
@@ -252,6 +255,8 @@ def _of_memory(
     tries: list[dict[str, Any]] = []
 
     def fits(count: int) -> bool:
+        if count in (known := {each["tokens"]: each["fits"] for each in tries}):
+            return bool(known[count])
         say(f"{method.name}, {count:,} tokens", 0)
         found = probe(case, method, count, settings, preload)
         tries.append({"tokens": count, **found})
@@ -392,7 +397,7 @@ def run(
     }
     if not methods:
         return document
-    preload = _preload(methods, settings)
+    imported = preload(methods, settings)
     say = progress.step
     cases = [
         Case(pair_of(family, settings.device, settings.vocab), settings.device, settings.dtype,
@@ -403,10 +408,10 @@ def run(
     if settings.only in (None, "time"):
         for case, found in zip(cases, document["pairs"], strict=True):
             with progress.phase(f"{case.pair.family}: time", len(methods) + settings.rounds):
-                found["time"] = _of_time(case, methods, settings, preload, say)
+                found["time"] = _of_time(case, methods, settings, imported, say)
                 found["time"]["ratios"] = _ratios(found["time"]["seconds"], document["ours"])
     if settings.only in (None, "memory"):
-        _search(cases, document["pairs"], methods, settings, preload, progress)
+        _search(cases, document["pairs"], methods, settings, imported, progress)
     document["seconds"] = {**progress.seconds, "all": time.perf_counter() - started}
     document["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return document
@@ -462,7 +467,7 @@ def _versions(methods: Sequence[Method]) -> dict[str, str]:
 _MODELING = {"qwen": "qwen3", "llama": "llama", "gemma": "gemma3"}
 
 
-def _preload(methods: Sequence[Method], settings: Settings) -> list[str]:
+def preload(methods: Sequence[Method], settings: Settings) -> list[str]:
     """What the server of processes imports, so that none of them has to."""
     modeling = [
         f"transformers.models.{_MODELING[name]}.modeling_{_MODELING[name]}" for name in settings.pairs

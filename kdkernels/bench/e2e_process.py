@@ -18,7 +18,13 @@ from torch import Tensor
 
 from .e2e_methods import Method
 from .e2e_models import Pair, models_of, tokens_of, watched
-from .memory import held_data, map_large_blocks, peak_growth, return_free_memory
+from .memory import (
+    held_data,
+    map_large_blocks,
+    peak_growth,
+    raise_malloc_thresholds,
+    return_free_memory,
+)
 from .timing import Contestant, Neighbours, clock_for, race
 
 try:
@@ -163,6 +169,8 @@ def time_process(send: Any, case: Case, methods: Sequence[Method], count: int, r
 
     Sends `("trying", name)` before a contestant is run for the first time, and `("round", n)` after each.
     """
+    if case.device == "cpu":
+        raise_malloc_thresholds()
     student, teacher = case.ready()
     tokens = case.tokens(count)
     exact = truth(student, teacher, tokens)
@@ -191,6 +199,7 @@ def time_process(send: Any, case: Case, methods: Sequence[Method], count: int, r
         clock=clock_for(torch.device(case.device)),
         min_rounds=rounds,
         max_rounds=rounds,
+        warmup=0,  # the check has run everyone once
         on_round=lambda number: send(("round", number + 1)),
     )
     found["seconds"] = {name: timing.seconds for name, timing in timings.items()}

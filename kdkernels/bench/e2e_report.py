@@ -89,9 +89,10 @@ def notes(document: dict[str, Any]) -> list[str]:
     if s["vocab"] is not None:
         lines.append(f"Not the real vocabulary: {s['vocab']:,} classes.")
     if s["only"] != "memory":
+        kept = "; glibc keeps what is freed, so that nobody pays for page faults" * (s["device"] == "cpu")
         lines.append(
             f"Tokens a second: of {s['tokens']:,} tokens in sequences of {s['length']}, the median of "
-            f"{s['rounds']} rounds; × ours: the median of a round's time over that of "
+            f"{s['rounds']} rounds{kept}; × ours: the median of a round's time over that of "
             f"{document['ours'] or 'ours, which is not here'}. The error is the largest of gradients of the "
             "head, the last norm and the first layer, beside heads and loss in float64."
         )

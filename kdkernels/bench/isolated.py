@@ -35,7 +35,7 @@ def run_isolated(
             `on_message` in the calling process.
         *args: Its other arguments.
         on_message: Receives what the function sends, in the calling thread.
-        preload: Modules that the server imports; only the first call's count.
+        preload: Modules that the server imports; only the first call's count, or those of `start`.
         patience: Seconds that the function may go without a message before it counts as stuck and is ended;
             None waits for ever.
 
@@ -83,6 +83,15 @@ def run_isolated(
             if process.is_alive():
                 process.kill()
                 process.join(10)
+
+
+def start(preload: Sequence[str]) -> None:
+    """Has the server of processes import what several users of it need, each of which names its own."""
+    run_isolated(_nothing, preload=preload)
+
+
+def _nothing(send: Callable[[Any], None]) -> None:
+    pass
 
 
 def _child(sending: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -2,7 +2,7 @@
 
 Of each point every contestant's peak memory is taken in a process of its own; then one process checks all of
 them against fp64 and times those that are right, interleaved round by round, on input sets that rotate. A
-contestant that is wrong is shown as such and not timed.
+contestant that is wrong, or slow beyond comparison, is shown as such and not timed.
 
 Where tensors lie in memory is settled once a process, and moves a time by some 5 %, as do minutes in which a
 machine is slower. So rounds can be spread over passes: all points in turn, each in a new process, then all of
@@ -42,6 +42,9 @@ PATIENCE = 600.0
 PRELOAD = ("torch", __name__)
 # A point's rounds end when they have taken this many times what they take at least.
 MOST = 6.0
+# A contestant is not raced where a step takes it this many times what `kd_loss` takes, and this many seconds:
+# of the few rounds that there is time for nothing would come that the next run agrees with.
+SLOW, LONG = 10.0, 1.0
 Send = Callable[[Any], None]
 
 
@@ -51,7 +54,7 @@ class Settings:
 
     Attributes:
         threads: Of torch.
-        rounds: Timed rounds of a point at least, unless they take `MOST` times `seconds`.
+        rounds: Timed rounds of a point at least, unless three a pass take `MOST` times `seconds`.
         seconds: How long a point's rounds go on at least.
         passes: How many processes those are spread over.
         compiled: Whether `torch.compile` takes part.
@@ -160,6 +163,7 @@ def time_process(
         min_rounds=math.ceil(settings.rounds / settings.passes),
         min_seconds=settings.seconds / settings.passes,
         max_seconds=MOST * settings.seconds / settings.passes,
+        least_rounds=3,
         warmup=0 if first else 1,  # the check has run everyone once
         on_round=lambda number: send(f"{point}: round {number + 1}"),
     )
@@ -176,16 +180,21 @@ def time_process(
 def _checked(
     made: Workload, who: list[Entry], send: Send
 ) -> tuple[list[Contestant], dict[str, dict[str, Any]]]:
-    """Those that are right, and the errors of all."""
+    """Those that are right and not hopelessly slow, and the errors of all."""
     point, running = made.point, []
     verdicts: dict[str, dict[str, Any]] = {}
+    first: dict[str, float] = {}
     send(f"{point}: fp64 truth")
     truth = made.truth()
     for entry in who:
         send(f"{point}: {entry.name} against fp64")
         try:
             run = made.step(contestants.build_any(entry, point))
-            errors = made.errors(run(0), truth)
+            started = time.perf_counter()
+            got = run(0)
+            first[entry.name] = time.perf_counter() - started
+            errors = made.errors(got, truth)
+            del got
         except Exception as error:  # a contestant's own code
             verdicts[entry.name] = {"problem": _failure(error), "errors": None}
             continue
@@ -193,6 +202,18 @@ def _checked(
         verdicts[entry.name] = {"problem": problem, "errors": [_finite(x) for x in errors]}
         if problem is None:
             running.append(Contestant(entry.name, run))
+    most = max(LONG, SLOW * first.get(contestants.default(point), math.inf))
+    for one in [*running]:
+        if first[one.name] <= most:
+            continue
+        send(f"{point}: {one.name} once more")
+        # The first time it may have been compiled.
+        seconds, _ = clock_for(torch.device(point.device)).measure(one.run, 1)
+        if seconds > most:
+            running.remove(one)
+            verdicts[one.name]["problem"] = (
+                f"slow: a step took {seconds:.1f} s, over {SLOW:.0f} times kd_loss's, and was not repeated"
+            )
     return running, verdicts
 
 
@@ -227,7 +248,7 @@ def _all_peaks(
     def run(job: tuple[Point, Entry]) -> Peak | str | None:
         try:
             found: Peak | None = run_isolated(
-                memory_process, *job, settings, preload=_preload(settings), patience=PATIENCE
+                memory_process, *job, settings, preload=preload(settings), patience=PATIENCE
             )
         except ProcessDied as error:
             return str(error).strip().splitlines()[-1][:200]
@@ -253,14 +274,15 @@ def _timed(
     try:
         found: dict[str, Any] = run_isolated(
             time_process, point, who, settings, first,
-            on_message=say, preload=_preload(settings), patience=PATIENCE,
+            on_message=say, preload=preload(settings), patience=PATIENCE,
         )  # fmt: skip
     except ProcessDied as error:
         return str(error).strip().splitlines()[-1][:200]
     return found
 
 
-def _preload(settings: Settings) -> tuple[str, ...]:
+def preload(settings: Settings) -> tuple[str, ...]:
+    """What the server of processes imports, so that none of them has to."""
     compiler = ("kdkernels.bench.compiler",) if settings.compiled else ()
     return (*PRELOAD, *compiler, *contestants.preload(settings.modules))
 
@@ -379,6 +401,12 @@ def fastest(point: dict[str, Any], family: str) -> dict[str, Any] | None:
         own = [e for e in timed if e["name"] == point["ours"]]
         timed = own or timed
     return min(timed, key=lambda e: float(e["time"]["median_ms"]), default=None)
+
+
+def hopeless(point: dict[str, Any], family: str) -> bool:
+    """Whether a family has nobody that was timed, and somebody that was too slow for it."""
+    problems = [e["problem"] or "" for e in point["entries"] if e["family"] == family]
+    return fastest(point, family) is None and any(each.startswith("slow:") for each in problems)
 
 
 def families(points: Iterable[dict[str, Any]]) -> list[str]:

@@ -190,6 +190,7 @@ def race(
     min_seconds: float = 0.0,
     max_rounds: int = 500,
     max_seconds: float | None = None,
+    least_rounds: int = 1,
     warmup: int = 1,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
@@ -206,6 +207,7 @@ def race(
         min_seconds: Goes on until this long has passed, for work so short that `min_rounds` says little.
         max_rounds: Rounds at most.
         max_seconds: Ends after the round in which this long has passed, were they fewer than `min_rounds`.
+        least_rounds: But not before so many.
         warmup: Untimed rounds before the first.
         on_round: Called with the number of each finished round.
 
@@ -234,7 +236,7 @@ def race(
             passed = time.perf_counter() - started
             if number >= min_rounds and passed >= min_seconds:
                 break
-            if number > 0 and max_seconds is not None and passed >= max_seconds:
+            if number >= least_rounds and max_seconds is not None and passed >= max_seconds:
                 break
             for index in round_order(len(contestants), number + warmup):
                 elapsed, faulted = clock.measure(contestants[index].run, turn % sets)

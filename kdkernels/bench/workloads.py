@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..linear import is_loop
 from . import eager, roofline
 from .timing import Contestant
 
@@ -315,12 +316,17 @@ class Linear(Workload):
         return math.sqrt(squares) / float(exact.norm())
 
     def ceilings(self) -> list[Contestant]:
-        """The products alone, in chunks of several sizes, with buffers that are there before."""
-        n = self.point.rows
+        """The products alone, in chunks of several sizes, with buffers that are there before.
+
+        Of 16 bits on a CPU without instructions for them: of float32 copies, also there before.
+        """
+        n, sets, of = self.point.rows, self.sets, ""
+        if self.point.device == "cpu" and is_loop(DTYPES[self.point.dtype]):
+            sets, of = [tuple(x.detach().float() for x in each[:4]) for each in sets], " of float32 copies"
         sizes = sorted({n, *(size for size in (256, 1024, 4096) if size < n)})
         with_teacher = self.point.divergence != eager.LABELS
         return [
-            Contestant(f"products, {size:,} rows at a time", Products(self.sets, size, with_teacher))
+            Contestant(f"products{of}, {size:,} rows at a time", Products(sets, size, with_teacher))
             for size in sizes
         ]
 
