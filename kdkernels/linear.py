@@ -90,7 +90,7 @@ def _product_of_wide(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = No
     """`out = a @ b + bias`, rounded once, by float32 copies of a part of the longest side at a time."""
     (rows, inner), columns = a.shape, b.shape[1]
     longest = max(rows, inner, columns)
-    some = _widened_rows(sorted((rows, inner, columns))[1], torch.float32)
+    some = max(1, _widened_rows(sorted((rows, inner, columns))[1], torch.float32) // 4)  # copies, a product
     parts = [slice(begin, begin + some) for begin in range(0, longest, some)]
     if longest == inner:
         total = torch.zeros(rows, columns, device=out.device)

@@ -298,13 +298,16 @@ def test_a_quick_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_processes_share_the_fits(tmp_path: Path) -> None:
-    """What they find is what one finds: a fit depends on its seed alone."""
+    """What they find is what one finds: a fit depends on its seed, and on the threads of a sum."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each of several processes
     cells = [strategies.Cell("noise-gradients", "clean", 0, seed) for seed in plan.QUICK_SEEDS]
     found = []
     for jobs in (1, 2):
         runs = strategies.Runs(tmp_path / str(jobs), 0.02)
         runs.all("test", cells, bench.Progress(), jobs)
         found.append([runs.done[cell]["metrics"] for cell in cells])
+    torch.set_num_threads(threads)
     assert found[0] == found[1]
 
 
