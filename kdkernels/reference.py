@@ -176,9 +176,12 @@ def stored_term(z: Tensor, stored: Sparse, spec: LossSpec) -> Tensor:
         rest = torch.logsumexp(others.masked_fill(alone.unsqueeze(-1), 0.0), -1).masked_fill(
             alone, -torch.inf
         )
-        lq = torch.log_softmax(torch.cat([kept, rest.unsqueeze(-1)], -1), -1)
-        lp = torch.cat([stored.log_p, stored.rest.unsqueeze(-1)], -1)
-    soft = _sum(spec.row, spec.params, lq, lp)
+        # Where the tail has nearly all of the mass, its gradient is what little the others leave: few
+        # columns, so in float64 where the device has that.
+        wide = z.dtype if z.device.type == "mps" else torch.float64
+        lq = torch.log_softmax(torch.cat([kept, rest.unsqueeze(-1)], -1).to(wide), -1)
+        lp = torch.cat([stored.log_p, stored.rest.unsqueeze(-1)], -1).to(wide)
+    soft = _sum(spec.row, spec.params, lq, lp).to(z.dtype)
     return soft if stored.extra is None else soft + stored.extra
 
 
