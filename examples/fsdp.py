@@ -36,3 +36,4 @@ goals = Objective(soft=SoftTargets(temperature=2.0), hard=HardLabels(0.1))
 distiller = Distiller(student, teacher, goals, accelerator=accelerator)
 for row in distiller.fit(DataLoader(data, 16, shuffle=True), steps=steps, log_every=max(steps // 10, 1)):
     accelerator.print(f"{accelerator.num_processes} processes, step {row['step']}, loss {row['loss']:.4f}")
+accelerator.end_training()

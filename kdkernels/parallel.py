@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .backends import cpu, triton_
 from .caller import warn_once, while_tracing
 from .fused_shards import FusedPhases
+from .processes import pause_at_exit
 from .registry import only_by_name
 from .shards import Exchange, Phases, Shard
 from .sources import Head, Logits, Mixture
@@ -79,6 +80,7 @@ class VocabParallel:
                 "VocabParallel needs torch.distributed, which is not initialised: call "
                 "torch.distributed.init_process_group first, as under torchrun"
             )
+        pause_at_exit()
         group = self.group
         if hasattr(group, "get_group"):  # DeviceMesh, whose class would first have to be imported
             if group.ndim != 1:

@@ -67,6 +67,36 @@ def test_without_processes_there_is_no_group() -> None:
         kd.VocabParallel()
 
 
+ENDS = """
+import sys, time
+import torch
+import torch.distributed as dist
+import kdkernels as kd
+
+class Last:
+    def __del__(self, sleep=time.sleep):  # when modules are taken down
+        sleep(0.1)
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+parallel = kd.VocabParallel()
+kept, last = torch.ones(1000), Last()
+dist.all_reduce(kept)
+sys.setswitchinterval(100)  # nobody else gets the interpreter's lock, which this thread doesn't release
+dist.all_reduce(kept, async_op=True)
+until = time.perf_counter() + 0.3
+while time.perf_counter() < until:
+    pass
+"""
+
+
+def test_a_process_that_ends_after_a_collective_ends_well(tmp_path: Path) -> None:
+    """Without its pause torch aborts, since one of its threads waits for the lock to let a tensor go."""
+    command = [sys.executable, "-c", ENDS, str(tmp_path / "store")]
+    two = [subprocess.Popen([*command, rank], cwd=ROOT, stderr=subprocess.PIPE, text=True) for rank in "01"]
+    said = [process.communicate(timeout=120)[1] for process in two]
+    assert [process.returncode for process in two] == [0, 0], said
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Any:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

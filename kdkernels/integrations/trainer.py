@@ -19,6 +19,7 @@ from ..cache.manifest import NAME as MANIFEST
 from ..models.calls import rows, unwrap
 from ..models.gathering import place
 from ..models.tokenizers import vocabulary_hash
+from ..processes import pause_at_exit
 from ..train.objective import Function, Objective, Progress, Step, Term
 from ..train.outputs import Adaptor
 from ..train.passes import Passes, counts
@@ -96,6 +97,8 @@ class DistillMixin(_Trainer):
         if objective and (divergence, temperature, soft_weight, hard_weight) != ("forward_kl", 1.0, 1.0, 0.0):
             raise ValueError("give an objective, or divergence, temperature and weights, and not both")
         super().__init__(*args, **kwargs)
+        if self.args.world_size > 1:
+            pause_at_exit()
         if objective is None:
             terms |= _router(self.model)
             objective = Objective(**{name: term for name, term in terms.items() if term.weight != 0})

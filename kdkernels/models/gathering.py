@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
+from ..processes import pause_at_exit
+
 
 def is_sharded(x: Any) -> bool:
     """Whether a tensor is one of parts in several processes (a DTensor), or any parameter of a module is."""
@@ -202,6 +204,8 @@ def prepare(
     Raises:
         ValueError: Several models, and Accelerate is to shard them.
     """
+    if accelerator.num_processes > 1:
+        pause_at_exit()
     kind = accelerator.distributed_type.value
     if len(models) > 1 and kind in ("FSDP", "DEEPSPEED"):
         raise ValueError(

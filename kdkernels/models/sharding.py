@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from ..processes import pause_at_exit
+
 _INDEX, _ALONE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -44,6 +46,7 @@ def shard(teacher: nn.Module | str | Path, mesh: Any = None, *, dtype: torch.dty
             "shard needs processes to share a teacher out to: start them by torchrun or accelerate launch, "
             "and call torch.distributed.init_process_group() or make the Accelerator first"
         )
+    pause_at_exit()
     if isinstance(teacher, nn.Module):
         return _sharded(teacher if dtype is None else teacher.to(dtype), mesh)
     folder = Path(teacher)
