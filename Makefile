@@ -10,7 +10,7 @@
 #   make docs    the documentation as a site, in build/site; a broken link fails
 #   make bench   the losses measured on this machine, beside eager PyTorch and torch.compile: the first figures after
 #                a minute, a report for the browser in runs/bench (ARGS=--quick: half a minute; ARGS=--help)
-#   make compare all of that beside liger-kernel, TRL and others, and language models end to end: some 16
+#   make compare all of that beside liger-kernel, TRL and others, and language models end to end: 15
 #                minutes on a machine that does nothing else; into benchmarks/results (ARGS=--quick: less, elsewhere)
 #   make gpu     the tests that need a GPU and the losses measured on it: with $(PYTHON) itself, which needs
 #                torch, Triton, pytest and hypothesis; nothing is installed

@@ -1,9 +1,9 @@
-"""``python -m benchmarks compare``: everything beside everyone on this machine, in some 16 minutes.
+"""``python -m benchmarks compare``: everything beside everyone on this machine, in 15 minutes.
 
-What ``kdkernels bench`` measures (logits, heads, stored teachers: a middle size of each, and V, N,
-divergence, T and dtype around it) with liger-kernel, TRL, cut-cross-entropy and quack-kernels beside eager
-PyTorch, `torch.compile` and `kd_loss`, then language models end to end. ``--agree FOLDER`` compares the
-ratios with those of another run.
+Language models end to end; then what ``kdkernels bench`` measures (logits, heads, stored teachers: a middle
+size of each, and V, N, divergence, T and dtype around it) with liger-kernel, TRL, cut-cross-entropy and
+quack-kernels beside eager PyTorch, `torch.compile` and `kd_loss`, in as many passes as there is time for: the
+more, the less chance is in a ratio. ``--agree FOLDER`` compares the ratios with those of another run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ from kdkernels.bench_cli import cores, device_of, write
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = "benchmarks.peers"
-SECONDS = 2.0
+# How long, and for how many rounds, each size is timed at least in a pass.
+SECONDS, ROUNDS = 1.0, 5
+# Of the losses; one process for each size and pass, which on a GPU is slow to start.
+PASSES = {"cpu": 6, "cuda": 2}
+# No pass of the losses, after the second, ends later; charts and pages take seconds more.
+MINUTES = 14.5
 # How far a ratio of two runs on one quiet machine may be apart.
 ALLOWED = 0.10
 # Points beyond those around a centre: a vocabulary of models that people distil.
@@ -77,7 +83,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="the middle sizes and one pair of models: minutes")
     p.add_argument("--only", choices=("losses", "models"), help="one part")
     p.add_argument(
-        "--seconds", type=float, default=SECONDS, help="how long a size is timed at least: %(default)s"
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help="of a size in a pass, at least: %(default)s",
+    )
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help="no pass but the first two ends later: %(default)s",
     )
     p.add_argument("--out", type=Path, help="default: benchmarks/results, or runs/compare for less than all")
     p.add_argument("--agree", type=Path, metavar="FOLDER", help="another run's --out: 1 where a ratio is off")
@@ -89,34 +104,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     device = device_of(options.device)
     started = time.perf_counter()
-    whole = not (options.quick or options.only or options.seconds != SECONDS)
+    whole = not (options.quick or options.only or options.seconds != SECONDS or options.minutes != MINUTES)
     out = options.out or (RESULTS if whole else Path("runs/compare"))
     found: dict[str, float] = {}
+    passes = 1 if options.quick else PASSES[device]
     # As memory comes, most of what an eager loss costs on a CPU is page faults, a third more or less in
     # the next run. Where freed memory is kept nobody pays for them.
     settings = measure.Settings(
         cores(),
-        rounds=20,
-        seconds=options.seconds,
-        passes=1 if options.quick else 2,
+        rounds=max(20, passes * ROUNDS),
+        seconds=passes * options.seconds,
+        passes=passes,
         compiled=not options.quick,
         raised=device == "cpu",
         modules=(PEERS,),
     )
     of_models = [m for m in (*models.METHODS, *MODEL_PEERS) if m.why_not(device) is None]
     isolated.start([*measure.preload(settings), *models.preload(of_models, models.settings_for(device))])
-    if options.only != "models":
-        names, plan = workloads.WORKLOADS, measure.centres if options.quick else measure.star
-        points = [*plan(device, names), *([] if options.quick else MORE[device])]
-        losses = measure.measure(points, settings)
-        quick = ["--quick"] if options.quick else []
-        losses["command"] = command_line("benchmarks", ["compare", *quick, "--device", device])
-        write(losses, out / f"compare-{device}")
-        found |= dict(ratios(losses))
     if options.only != "losses":
         folder = [] if out == RESULTS else ["--out", str(out)]
         e2e.main(["--device", device, *(["--quick"] if options.quick else []), *folder])
         found |= earlier(out, device, ("models",))
+    if options.only != "models":
+        names, plan = workloads.WORKLOADS, measure.centres if options.quick else measure.star
+        points = [*plan(device, names), *([] if options.quick else MORE[device])]
+        left = 60 * options.minutes - (time.perf_counter() - started)
+        losses = measure.measure(points, replace(settings, most_seconds=round(left)))
+        quick = ["--quick"] if options.quick else []
+        losses["command"] = command_line("benchmarks", ["compare", *quick, "--device", device])
+        write(losses, out / f"compare-{device}")
+        found |= dict(ratios(losses))
     print(f"all of it took {time.perf_counter() - started:.0f} s")
     return agreement(found, earlier(options.agree, device)) if options.agree else 0
 

@@ -286,7 +286,7 @@ def document() -> dict[str, Any]:
     }  # fmt: skip
     settings = {
         "device": "cpu", "dtype": "float32", "threads": 2, "tokens": 256, "length": 64, "rounds": 3,
-        "memory": 2 << 30, "most": 8192, "only": None, "vocab": None,
+        "memory": 2 << 30, "most": 8192, "only": None, "vocab": None, "passes": 1,
     }  # fmt: skip
     return {
         "schema": 1, "command": "python -m benchmarks e2e", "kdkernels": "1", "versions": {"trl": "1.2"},
@@ -318,6 +318,10 @@ def test_the_report_says_what_was_measured_and_what_was_not(tmp_path: Path) -> N
     ]
     (picture,) = e2e.draw(made, tmp_path, "it")
     assert picture == tmp_path / "it.png" and picture.read_bytes().startswith(b"\x89PNG")
+
+    assert "processes" not in said
+    made["settings"]["passes"] = 4
+    assert "3 rounds, in 4 processes" in e2e.markdown(made)
 
     made["settings"] |= {"only": "memory", "vocab": 1000}
     made["pairs"][0]["time"] = None
@@ -353,7 +357,7 @@ def test_a_whole_run_at_a_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixtur
         HEADS, PYTORCH, Method("twice", twice, "another loss"), Method("leaves", leaves, "ends its process"),
         Method("absent", twice, "of a library that isn't here", modules=("no_such_library_of_losses",)),
     )  # fmt: skip
-    found = e2e.run(TINY, methods, command="the command")
+    found = e2e.run(replace(TINY, passes=2), methods, command="the command")
     (pair,) = found["pairs"]
     assert {*pair["time"]["seconds"]} == {"kdkernels, heads", "PyTorch"} == {*pair["memory"]}
     assert all(len(times) == 2 for times in pair["time"]["seconds"].values())
@@ -361,9 +365,9 @@ def test_a_whole_run_at_a_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert pair["time"]["problems"]["leaves"] == "error: time_process ended with exit code 3"
     assert found["missing"] == {"absent": "no_such_library_of_losses is not installed"}
     eager, ours = (pair["time"]["seconds"][name] for name in ("PyTorch", "kdkernels, heads"))
-    assert pair["time"]["ratios"]["PyTorch"] == pytest.approx(
-        sum(a / b for a, b in zip(eager, ours, strict=True)) / 2
-    )
+    of_passes = [a / b for a, b in zip(eager, ours, strict=True)]
+    assert pair["time"]["pass_ratios"]["PyTorch"] == pytest.approx(of_passes)
+    assert pair["time"]["ratios"]["PyTorch"] == pytest.approx((of_passes[0] * of_passes[1]) ** 0.5)
     assert pair["memory"]["PyTorch"]["tokens"] == 2 * LENGTH and pair["memory"]["PyTorch"]["capped"]
     assert e2e.write(found, tmp_path, "it") == 1
     assert json.loads((tmp_path / "it.json").read_text()) == json.loads(json.dumps(found))
@@ -384,6 +388,7 @@ def test_a_whole_run_at_a_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"memory": None}, "memory must be given on a CPU"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
+        ({"passes": 0}, "passes must be >= 1, got 0"),
         ({"only": "space"}, "only must be one of None, time, memory, got 'space'"),
     ],
 )

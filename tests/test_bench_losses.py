@@ -19,6 +19,7 @@ import kdkernels as kd
 from benchmarks import compare, peers
 from kdkernels import bench_cli, cli
 from kdkernels.bench import Timing, charts, contestants, eager, measure, pages, workloads
+from kdkernels.bench.timing import typical
 from kdkernels.bench.workloads import Point
 
 SMALL: dict[str, Any] = {"rows": 6, "vocab": 203, "widths": (5, 7), "k": 9}
@@ -205,6 +206,23 @@ def test_a_ratio_over_passes_weighs_each_alike() -> None:
     assert (ours.faults, peer.faults) == ((0,) * 4, None)
     found = measure._time_document(peer, workloads.Floor(600, 0), joined["ceiling"], ours, joined["rounds"])
     assert found["ratio"] == pytest.approx((2.0 * 8.0) ** 0.5) and found["rounds"] == 4
+    assert found["pass_ratios"] == [2.0, 8.0]
+
+
+def test_an_odd_pass_moves_nothing() -> None:
+    """Once there are enough to tell which that is."""
+    assert typical([3.0]) == pytest.approx(3.0) and typical([2.0, 8.0]) == pytest.approx(4.0)
+    assert typical([2.0, 4.0, 8.0]) == pytest.approx(4.0)
+    assert typical([2.0, 100.0, 8.0, 0.1]) == pytest.approx(4.0)
+
+
+def test_passes_end_before_their_time_is_up() -> None:
+    """Two there are in any case; a third begins where it would end in time, as long as the last."""
+    settings = measure.Settings(1, passes=9, most_seconds=10.0)
+    assert measure._has_time([0.0], settings) and measure._has_time([0.0, 99.0], settings)
+    assert measure._has_time([0.0, 5.0, 7.0], settings)
+    assert not measure._has_time([0.0, 2.0, 7.0], settings)
+    assert measure._has_time([0.0, 2.0, 7.0], measure.Settings(1, passes=9))
 
 
 def test_who_is_slow_beyond_comparison_is_not_timed(tmp_path: Path) -> None:
@@ -285,7 +303,7 @@ def document(measured: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "command": "kdkernels bench", "finished": "2030-01-02T03:04:05Z", "kdkernels": "1", "versions": {},
         "environment": {"cpu": "a <fast> one", "cpus": 2, "device": "cpu", "torch": "2", "isa": ["avx"]},
-        "settings": {"threads": 2, "raised": False}, "missing": {"kd_loss cuda": "no GPU"},
+        "settings": {"threads": 2, "passes": 1, "raised": False}, "missing": {"kd_loss cuda": "no GPU"},
         "points": measured, "exponents": measure.exponents(measured),
     }  # fmt: skip
 

@@ -9,10 +9,10 @@ Whether it is right
     Loss and gradients of the head, of the last norm and of the first layer, beside the same layers with heads
     and loss in float64. A contestant that is wrong is shown as that, and not timed.
 Tokens a second
-    At a number of tokens that all have room for, once a round in changing order, in one process; on a CPU
-    with glibc's thresholds raised, so that freed memory is kept and nobody pays for page faults, which vary
-    from run to run. What is compared is the median, over rounds, of a contestant's time over ours of the same
-    round.
+    At a number of tokens that all have room for, once a round in changing order; on a CPU with glibc's
+    thresholds raised, so that freed memory is kept and nobody pays for page faults, which vary from run to
+    run. Rounds are spread over passes, each pair in turn in a new process. What is compared is the median,
+    over a pass's rounds, of a contestant's time over ours of the same round, and what is typical of passes.
 The largest number of tokens
     Before memory runs out, in steps of one sequence: the memory of the GPU, or a part of it; on a CPU
     RLIMIT_DATA, set to what the process holds after a warm-up, models included, and `memory` bytes. Each try
@@ -40,6 +40,7 @@ so that with float32 eager takes 7 tensors of N × V, and heads none that grows 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
@@ -59,6 +60,7 @@ from .e2e_process import ALLOWED, OUT_OF_MEMORY, Case, is_no_memory, probe_proce
 from .e2e_report import draw, markdown, show
 from .isolated import ProcessDied, run_isolated
 from .report import Progress, environment, write_json
+from .timing import typical
 
 __all__ = [
     "METHODS",
@@ -88,7 +90,8 @@ class Settings:
         pairs: Families, of `qwen`, `llama`, `gemma`.
         tokens: At which steps are timed, and from which the search begins; whole sequences.
         length: Tokens of a sequence; the search goes by whole ones.
-        rounds: Timed steps of each contestant.
+        rounds: Timed steps of each contestant, at least.
+        passes: How many processes those are spread over.
         memory: Bytes that a step may take beyond the models; None, on a GPU only, for all of the device.
         most: Tokens beyond which nothing is tried.
         threads: Of torch on a CPU.
@@ -111,6 +114,7 @@ class Settings:
     methods: tuple[str, ...] | None = None
     vocab: int | None = None
     patience: float = 300.0
+    passes: int = 1
 
     def __post_init__(self) -> None:
         """Raises ValueError for what can't be measured."""
@@ -127,15 +131,16 @@ class Settings:
             raise ValueError(f"tokens must be whole sequences of {self.length}, got {self.tokens}")
         if self.most < self.tokens:
             raise ValueError(f"most must be >= tokens, {self.tokens}, got {self.most}")
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be >= 1, got {self.rounds}")
+        for name in ("rounds", "passes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.memory is None and self.device == "cpu" and self.only != "time":
             raise ValueError("memory must be given on a CPU, whose memory is not this benchmark's to fill")
 
 
 _DEFAULTS = {
     # Little memory and few tokens, so that tries are short and all of it takes minutes.
-    "cpu": Settings("cpu", "float32", tuple(VOCABS), 128, 32, 9, 3 << 29, 2048),
+    "cpu": Settings("cpu", "float32", tuple(VOCABS), 128, 32, 12, 3 << 29, 2048, passes=4),
     "cuda": Settings("cuda", "bfloat16", tuple(VOCABS), 4096, 256, 12, None, 131_072),
 }
 
@@ -150,7 +155,7 @@ def quick(settings: Settings) -> Settings:
     """Less of everything: one pair, few rounds, little memory."""
     memory, tokens = 2**29 if settings.device == "cpu" else 2**33, settings.length
     return replace(
-        settings, pairs=settings.pairs[:1], memory=memory, tokens=tokens, rounds=2, most=8 * tokens
+        settings, pairs=settings.pairs[:1], memory=memory, tokens=tokens, rounds=2, most=8 * tokens, passes=1
     )
 
 
@@ -214,10 +219,14 @@ def _of_time(
     methods: Sequence[Method],
     settings: Settings,
     preload: Sequence[str],
-    say: Callable[[str], None],
+    progress: Progress,
+    before: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What `time_process` finds; a contestant that ends the process is left out and named."""
+    """What passes have found and one more; a contestant that ends the process is left out and named."""
+    if before is not None:
+        methods = [method for method in methods if method.name in before["seconds"]]
     died: dict[str, str] = {}
+    family, why = case.pair.family, "against float64" if before is None else "once more"
     while True:
         trying: list[str | None] = [None]
 
@@ -225,14 +234,14 @@ def _of_time(
             if message[0] == "trying":
                 trying[0] = message[1]
                 if message[1] is not None:
-                    say(f"{message[1]} against float64")
+                    progress.step(f"{family}: {message[1]}, {why}")
             else:
-                say(f"round {message[1]}")
+                progress.step(f"{family}: round {message[1]}")
 
         left = [method for method in methods if method.name not in died]
         try:
             found: dict[str, Any] = run_isolated(
-                time_process, case, left, settings.tokens, settings.rounds,
+                time_process, case, left, settings.tokens, _rounds(settings), before is None,
                 on_message=hear, preload=preload, patience=settings.patience,
             )  # fmt: skip
         except ProcessDied as error:
@@ -241,7 +250,23 @@ def _of_time(
             died[trying[0]] = f"error: {_last_line(str(error))}"
             continue
         found["problems"] |= died
-        return found
+        return found if before is None else _joined(before, found)
+
+
+def _rounds(settings: Settings) -> int:
+    """Of a pass."""
+    return math.ceil(settings.rounds / settings.passes)
+
+
+def _joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What passes have found and one more, of those that failed in none."""
+    cpus = [each["other_cpus"] for each in (before, found)]
+    return {
+        **before,
+        "problems": before["problems"] | found["problems"],
+        "seconds": {name: [*before["seconds"][name], *more] for name, more in found["seconds"].items()},
+        "other_cpus": None if None in cpus else max(cpus),
+    }
 
 
 def _last_line(text: str) -> str:
@@ -398,7 +423,6 @@ def run(
     if not methods:
         return document
     imported = preload(methods, settings)
-    say = progress.step
     cases = [
         Case(pair_of(family, settings.device, settings.vocab), settings.device, settings.dtype,
              settings.threads, settings.length)
@@ -406,10 +430,15 @@ def run(
     ]  # fmt: skip
     document["pairs"] = [{**asdict(case.pair), "time": None, "memory": None} for case in cases]
     if settings.only in (None, "time"):
-        for case, found in zip(cases, document["pairs"], strict=True):
-            with progress.phase(f"{case.pair.family}: time", len(methods) + settings.rounds):
-                found["time"] = _of_time(case, methods, settings, imported, say)
-                found["time"]["ratios"] = _ratios(found["time"]["seconds"], document["ours"])
+        steps = len(cases) * settings.passes * (len(methods) + _rounds(settings))
+        with progress.phase("times", steps):
+            for _ in range(settings.passes):
+                for case, found in zip(cases, document["pairs"], strict=True):
+                    found["time"] = _of_time(case, methods, settings, imported, progress, found["time"])
+        for found in document["pairs"]:
+            of_passes = _ratios(found["time"]["seconds"], document["ours"], _rounds(settings))
+            found["time"]["pass_ratios"] = of_passes
+            found["time"]["ratios"] = {name: typical(each) for name, each in of_passes.items()}
     if settings.only in (None, "memory"):
         _search(cases, document["pairs"], methods, settings, imported, progress)
     document["seconds"] = {**progress.seconds, "all": time.perf_counter() - started}
@@ -447,14 +476,15 @@ def failures(document: dict[str, Any]) -> Iterator[str]:
                 yield f"{pair['family']}, {name}: {problem}"
 
 
-def _ratios(seconds: dict[str, Sequence[float]], ours: str | None) -> dict[str, float]:
-    """The median of a contestant's times over ours of the same rounds."""
+def _ratios(seconds: dict[str, Sequence[float]], ours: str | None, rounds: int) -> dict[str, list[float]]:
+    """For each pass of so many rounds the median of a contestant's times over ours of the same rounds."""
     if ours is None or ours not in seconds:
         return {}
-    return {
-        name: statistics.median(a / b for a, b in zip(times, seconds[ours], strict=True))
-        for name, times in seconds.items()
-    }
+    found = {}
+    for name, times in seconds.items():
+        each = [a / b for a, b in zip(times, seconds[ours], strict=True)]
+        found[name] = [statistics.median(each[i : i + rounds]) for i in range(0, len(each), rounds)]
+    return found
 
 
 def _versions(methods: Sequence[Method]) -> dict[str, str]:

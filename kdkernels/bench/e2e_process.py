@@ -164,8 +164,10 @@ def _timed(method: Method, student: Any, teacher: Any, tokens: Tensor, _: int) -
     return step(method, student, teacher, tokens)
 
 
-def time_process(send: Any, case: Case, methods: Sequence[Method], count: int, rounds: int) -> dict[str, Any]:
-    """Errors of all contestants, and times of those that are right, in turn.
+def time_process(
+    send: Any, case: Case, methods: Sequence[Method], count: int, rounds: int, first: bool = True
+) -> dict[str, Any]:
+    """A pass: times of the contestants, in turn; the first has errors, too, and times only who is right.
 
     Sends `("trying", name)` before a contestant is run for the first time, and `("round", n)` after each.
     """
@@ -173,21 +175,25 @@ def time_process(send: Any, case: Case, methods: Sequence[Method], count: int, r
         raise_malloc_thresholds()
     student, teacher = case.ready()
     tokens = case.tokens(count)
-    exact = truth(student, teacher, tokens)
-    found: dict[str, Any] = {"errors": {}, "problems": {}, "loss": exact[0]}
+    exact = truth(student, teacher, tokens) if first else None
+    found: dict[str, Any] = {"errors": {}, "problems": {}}
+    if exact is not None:
+        found["loss"] = exact[0]
     runs: dict[str, Callable[[int], object]] = {}
     for method in methods:
         send(("trying", method.name))
         try:
-            off = errors(float(step(method, student, teacher, tokens)), student, exact)
+            loss = float(step(method, student, teacher, tokens))
+            off = None if exact is None else errors(loss, student, exact)
         except Exception as error:
             found["problems"][method.name] = short(error)
             continue
-        # JSON has no NaN.
-        found["errors"][method.name] = {name: x if x < float("inf") else None for name, x in off.items()}
-        if (problem := verdict(off, case.dtype)) is not None:
-            found["problems"][method.name] = problem
-            continue
+        if off is not None:
+            # JSON has no NaN.
+            found["errors"][method.name] = {name: x if x < float("inf") else None for name, x in off.items()}
+            if (problem := verdict(off, case.dtype)) is not None:
+                found["problems"][method.name] = problem
+                continue
         runs[method.name] = partial(_timed, method, student, teacher, tokens)
     del exact
     send(("trying", None))

@@ -90,11 +90,14 @@ def notes(document: dict[str, Any]) -> list[str]:
         lines.append(f"Not the real vocabulary: {s['vocab']:,} classes.")
     if s["only"] != "memory":
         kept = "; glibc keeps what is freed, so that nobody pays for page faults" * (s["device"] == "cpu")
+        several = f", in {s['passes']} processes" * (s["passes"] > 1)
         lines.append(
             f"Tokens a second: of {s['tokens']:,} tokens in sequences of {s['length']}, the median of "
-            f"{s['rounds']} rounds{kept}; × ours: the median of a round's time over that of "
-            f"{document['ours'] or 'ours, which is not here'}. The error is the largest of gradients of the "
-            "head, the last norm and the first layer, beside heads and loss in float64."
+            f"{s['rounds']} rounds{several}{kept}; × ours: the median of a round's time over that of "
+            f"{document['ours'] or 'ours, which is not here'}"
+            f"{', the mean of what processes find, of four or more without both extremes' * bool(several)}. "
+            "The error is the largest of gradients of the head, the last norm and the first layer, beside "
+            "heads and loss in float64."
         )
         busy = max((pair["time"]["other_cpus"] or 0.0 for pair in document["pairs"]), default=0.0)
         if busy > _BUSY:

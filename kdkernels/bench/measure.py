@@ -31,7 +31,7 @@ from .contestants import OURS, Entry
 from .isolated import ProcessDied, run_isolated
 from .memory import Peak, peak_growth, raise_malloc_thresholds
 from .report import Progress, environment
-from .timing import Contestant, Neighbours, Timing, clock_for, joined, race
+from .timing import Contestant, Neighbours, Timing, clock_for, joined, race, typical
 from .workloads import Point, Workload, floor, workload
 
 SCHEMA = 1
@@ -57,6 +57,8 @@ class Settings:
         rounds: Timed rounds of a point at least, unless three a pass take `MOST` times `seconds`.
         seconds: How long a point's rounds go on at least.
         passes: How many processes those are spread over.
+        most_seconds: From the third on, a pass begins only where it would end before so much time has gone
+            into all of it, if it took as long as the last; None for as many as `passes` says.
         compiled: Whether `torch.compile` takes part.
         memory: Whether peak memory is taken.
         raised: Whether glibc's thresholds are raised first, so that what is freed is kept.
@@ -67,6 +69,7 @@ class Settings:
     rounds: int = 10
     seconds: float = 2.0
     passes: int = 1
+    most_seconds: float | None = None
     compiled: bool = True
     memory: bool = True
     raised: bool = False
@@ -85,16 +88,16 @@ def measure(points: Sequence[Point], settings: Settings, progress: Progress | No
         A JSON object: `environment`, `versions`, `settings`, `points` with a list of `entries` each,
         `missing` with reasons, and `exponents`.
     """
-    progress = progress or Progress()
+    progress, started = progress or Progress(), time.perf_counter()
     points = list(dict.fromkeys(points))
     plan = [(point, *takes_part(point, settings)) for point in points]
     device = torch.device(points[0].device if points else "cpu")
     system = environment(device, settings.threads)
     peaks = _all_peaks([(p, who) for p, who, _ in plan], settings, progress) if settings.memory else {}
-    measured = []
     found: list[list[dict[str, Any] | str]] = [[] for _ in plan]
     with progress.phase("times", len(plan) * settings.passes):
-        for number in range(1, settings.passes + 1):
+        ends = [started]
+        while len(ends) <= settings.passes and _has_time(ends, settings):
             for (point, who, _), passes in zip(plan, found, strict=True):
                 progress.step(str(point), 0)
                 if _goes_on(passes, settings):
@@ -102,9 +105,13 @@ def measure(points: Sequence[Point], settings: Settings, progress: Progress | No
                     say = partial(progress.step, count=0)
                     passes.append(_timed(point, right, settings, not passes, say))
                 progress.step(str(point))
-                if number == settings.passes:
-                    measured.append(_point_document(point, who, _joined(passes), peaks))
-                    progress.say(summary(measured[-1]))
+                if len(ends) == 1:
+                    progress.say(summary(_point_document(point, who, _joined(passes), peaks)))
+            ends.append(time.perf_counter())
+    measured = [
+        _point_document(point, who, _joined(passes), peaks)
+        for (point, who, _), passes in zip(plan, found, strict=True)
+    ]
     return {
         "schema": SCHEMA,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -291,6 +298,13 @@ def _right(found: dict[str, Any] | str, who: list[Entry]) -> list[Entry]:
     return [] if isinstance(found, str) else [each for each in who if each.name in found["timings"]]
 
 
+def _has_time(ends: Sequence[float], settings: Settings) -> bool:
+    """Whether one more pass of all points ends in time; `ends` are those of all before, after the start."""
+    if len(ends) < 3 or settings.most_seconds is None:
+        return True
+    return ends[-1] - ends[0] + (ends[-1] - ends[-2]) <= settings.most_seconds
+
+
 def _goes_on(passes: Sequence[dict[str, Any] | str], settings: Settings) -> bool:
     """Whether a point needs one more pass: not if it failed, or took as long as all of them may."""
     taken = 0.0
@@ -372,22 +386,23 @@ def _time_document(
 ) -> dict[str, Any]:
     """The figures of one contestant.
 
-    `ratio` is the median over a pass's rounds of its time over that of `kd_loss`; the geometric mean of
-    several passes'.
+    `pass_ratios` are, for each pass, the median over its rounds of its time over that of `kd_loss`; `ratio`
+    is what is `typical` of them.
     """
     unit = "flops" if least.flops else "bytes"
     rate = getattr(least, unit) / timing.best
     most = ceiling[f"{unit}_per_s"] if ceiling else None
-    ratio = None
+    ratios: list[float] = []
     if ours is not None:
         each = iter([a / b for a, b in zip(timing.seconds, ours.seconds, strict=True)])
-        ratio = statistics.geometric_mean(statistics.median(islice(each, count)) for count in rounds)
+        ratios = [statistics.median(islice(each, count)) for count in rounds]
     return {
         "best_ms": timing.best * 1e3,
         "median_ms": timing.median * 1e3,
         "spread": timing.spread,
         "rounds": len(timing.seconds),
-        "ratio": ratio,
+        "ratio": typical(ratios) if ratios else None,
+        "pass_ratios": ratios,
         f"{unit}_per_s": rate,
         "share": rate / most if most else None,
         "page_faults": timing.median_faults,
