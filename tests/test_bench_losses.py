@@ -342,6 +342,13 @@ def test_tables_name_everyone_and_what_is_wrong() -> None:
     assert "logits (4, 8) float32 forward_kl, eager kl_div: wrong: loss off by 1e+00" in text
     assert "kd_loss cuda: no GPU" in text
     assert "nobody else" in text  # who is wrong is not beside anybody
+    assert "the mean of what processes find" not in text
+    several = synthetic()
+    several["entries"][0]["time"] |= {"ratio": 1.5, "pass_ratios": [1.25, 1.5, 1.75]}
+    several = document([several])
+    several["settings"]["passes"] = 3
+    text = pages.markdown(several)
+    assert "| 1.5 (1.25 to 1.75) |" in text and "the mean of what processes find" in text
     measured[0]["other_cpus"] = 0.7
     assert "THE MACHINE WAS BUSY: at 1 of 1 points others used up to 0.7 CPUs" in pages.markdown(
         document(measured)

@@ -65,7 +65,10 @@ def notes(document: dict[str, Any]) -> list[str]:
         if settings["raised"]
         else "the allocator as it comes"
     )
-    several = ", the mean of what processes find, of four or more without both extremes"
+    several = (
+        ", the mean of what processes find, of four or more without both extremes (in brackets, the least "
+        "and the greatest)"
+    )
     lines = [
         f"{env['cpu'] if env['device'] == 'cpu' else env['device']}, {env['cpus']} CPUs, "
         f"{settings['threads']} threads, kdkernels {document['kdkernels']}, torch {env['torch']}{versions}.",
@@ -144,6 +147,9 @@ def _row(point: dict[str, Any], entry: dict[str, Any], full: bool) -> list[str]:
     if not full:
         return [loss, entry["name"], number(time["median_ms"]), ratio, share, megabytes,
                 _error(entry["gradient_error"])]  # fmt: skip
+    passes = time.get("pass_ratios", ())
+    if len(passes) > 1 and entry["name"] != point["ours"]:
+        ratio += f" ({number(min(passes))} to {number(max(passes))})"
     rate = time.get("flops_per_s") or time.get("bytes_per_s")
     return [
         loss, entry["name"], number(time["median_ms"]), number(time["best_ms"]),
