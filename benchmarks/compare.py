@@ -45,6 +45,14 @@ def ratios(losses: dict[str, Any]) -> Iterator[tuple[str, float]]:
                 yield f"{measure.described(point)}, {entry['name']}", float(entry["time"]["ratio"])
 
 
+def ceilings(losses: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The milliseconds of what those of a size are held to, memory or products alone, by the same names."""
+    for point in losses["points"]:
+        for entry in point["entries"]:
+            if point["ceiling"] is not None:
+                yield f"{measure.described(point)}, {entry['name']}", float(point["ceiling"]["best_ms"])
+
+
 def model_ratios(document: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Likewise of the models."""
     for pair in document["pairs"]:
@@ -59,12 +67,22 @@ def disagreements(one: dict[str, float], other: dict[str, float]) -> list[tuple[
     return sorted(apart, key=lambda each: -each[3])
 
 
-def agreement(one: dict[str, float], other: dict[str, float]) -> int:
-    """Says how far two runs are apart; 1 where a ratio is further than is allowed, else 0."""
+def agreement(
+    one: dict[str, float],
+    other: dict[str, float],
+    ceilings: tuple[dict[str, float], dict[str, float]] = ({}, {}),
+) -> int:
+    """Says how far two runs are apart; 1 where a ratio is further than is allowed, else 0.
+
+    With the ceilings of both it also says where the machine itself was not the same: memory that others have
+    more of in one of the runs slows down those who are bound by it, and nobody else.
+    """
     found = disagreements(one, other)
     beyond = [each for each in found if each[3] > ALLOWED]
+    machine = {name: apart for name, *_, apart in disagreements(*ceilings) if apart > ALLOWED}
     for name, a, b, apart in beyond:
-        print(f"  {name}: {a:.3g} and {b:.3g}, {100 * apart:.0f} % apart")
+        also = f"; the ceiling itself {100 * machine[name]:.0f} %" if name in machine else ""
+        print(f"  {name}: {a:.3g} and {b:.3g}, {100 * apart:.0f} % apart{also}")
     if not found:
         print("the two runs have no ratio in common")
         return 1
@@ -107,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = not (options.quick or options.only or options.seconds != SECONDS or options.minutes != MINUTES)
     out = options.out or (RESULTS if whole else Path("runs/compare"))
     found: dict[str, float] = {}
+    held: dict[str, float] = {}
     passes = 1 if options.quick else PASSES[device]
     # As memory comes, most of what an eager loss costs on a CPU is page faults, a third more or less in
     # the next run. Where freed memory is kept nobody pays for them.
@@ -134,15 +153,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         losses["command"] = command_line("benchmarks", ["compare", *quick, "--device", device])
         write(losses, out / f"compare-{device}")
         found |= dict(ratios(losses))
+        held = dict(ceilings(losses))
     print(f"all of it took {time.perf_counter() - started:.0f} s")
-    return agreement(found, earlier(options.agree, device)) if options.agree else 0
+    if not options.agree:
+        return 0
+    return agreement(
+        found, earlier(options.agree, device), (held, earlier(options.agree, device, ("ceilings",)))
+    )
 
 
 def earlier(folder: Path, device: str, parts: Sequence[str] = ("losses", "models")) -> dict[str, float]:
-    """The ratios that a run has written."""
+    """The ratios that a run has written, or what else a part is of."""
     found: dict[str, float] = {}
     files = {
         "losses": (f"compare-{device}/bench.json", ratios),
+        "ceilings": (f"compare-{device}/bench.json", ceilings),
         "models": (f"e2e-{device}.json", model_ratios),
     }
     for name, read in (files[part] for part in parts):

@@ -200,7 +200,8 @@ def test_a_ratio_over_passes_weighs_each_alike() -> None:
     joined = measure._joined([a_pass([1.0, 2.0, 1.0], [2.0, 4.0, 9.0]), a_pass([1.0], [8.0], 0.5)])
     assert isinstance(joined, dict) and joined["rounds"] == [3, 1] and joined["other_cpus"] == 0.75
     assert joined["ceiling"] == {
-        "name": "triad of 0.5", "best_ms": 500.0, "bytes_per_s": 1600.0, "flops_per_s": None
+        "name": "triad of 0.5", "best_ms": 500.0, "pass_best_ms": [1000.0, 500.0], "bytes_per_s": 1600.0,
+        "flops_per_s": None,
     }  # fmt: skip
     peer, ours = (joined["timings"][name] for name in ("eager kl_div", "kd_loss cpu"))
     assert (ours.faults, peer.faults) == ((0,) * 4, None)
@@ -508,6 +509,10 @@ def test_two_runs_agree_or_do_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.agreement(one, {"a": 2.3, "b": 1.0}) == 1
     assert "a: 2 and 2.3, 15 % apart" in capsys.readouterr().out
     assert compare.agreement(one, {"c": 1.0}) == 1
+    slower = {"a": 1.0, "b": 1.0}, {"a": 1.5, "b": 1.05}
+    assert compare.agreement(one, {"a": 2.3, "b": 2.0}, slower) == 1
+    said = capsys.readouterr().out
+    assert "a: 2 and 2.3, 15 % apart; the ceiling itself 50 %\n" in said and "100 % apart\n" in said
 
 
 def test_ratios_are_of_everyone_but_ours() -> None:
