@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", choices=e2e.PARTS, help="one part")
     p.add_argument("--tokens", type=int, help="of a timed step; default 128, or 4096")
     p.add_argument("--most", type=int, metavar="TOKENS", help="more are not tried; default 2048, or 131072")
-    p.add_argument("--rounds", type=int, help="timed steps; default 9, or 12")
+    p.add_argument("--rounds", type=int, help="timed steps, at least; default 12")
+    p.add_argument("--passes", type=int, help="processes that time them; default 4, or 1")
     p.add_argument(
         "--memory", type=float, metavar="GIB", help="beyond the models; default 1.5, or all of the GPU"
     )
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory = None if options.memory is None else round(options.memory * 2**30)
     changes = {
         name: tuple(value) if isinstance(value, list) else value
-        for name in ("dtype", "pairs", "methods", "only", "tokens", "most", "rounds")
+        for name in ("dtype", "pairs", "methods", "only", "tokens", "most", "rounds", "passes")
         if (value := getattr(options, name)) is not None
     }
     try:
