@@ -161,11 +161,16 @@ def wide_accesses(b: dict[str, Any]) -> tuple[int, int]:
 
 @needs_triton
 @pytest.mark.parametrize("options", ["noise", "mixture"])
-def test_builds_with_noise_and_mixtures(options: str) -> None:
-    """No loop over a row spills; with noise, threads exchange no more than sums."""
-    found = built("--targets", "sm_90", "--options", options, "--dtypes", "bf16", "--vocabularies", "128256")
+def test_builds_with_noise_and_mixtures(options: str, request: pytest.FixtureRequest) -> None:
+    """No loop over a row spills; with noise, threads exchange no more than sums.
+
+    In a thorough run of all divergences, else of each path.
+    """
+    names = TABLE if request.config.getoption("--thorough") else PATHS
+    chosen = "--targets", "sm_90", "--options", options, "--divergences", *names
+    found = built(*chosen, "--dtypes", "bf16", "--vocabularies", "128256")
     rows = [b for b in found if b["kernel"] == "row_kernel"]
-    expected = {name for name in TABLE if options == "noise" or builds.has_mixtures(name)}
+    expected = {name for name in names if options == "noise" or builds.has_mixtures(name)}
     assert {b["divergence"] for b in rows} == expected
     for b in rows:
         assert fits(b) and b["shared"] <= 256 and b["registers"] <= 168, b
