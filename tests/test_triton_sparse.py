@@ -16,7 +16,7 @@ import torch
 from conftest import DEVICES
 from test_cuda_sparse import allowed, extreme, run, some_ids, stored_teacher, units_of
 from test_triton import Counter, DeviceWork, built, needs_interpreter, needs_triton
-from tolerances import assert_close
+from tolerances import assert_close, roundings_of_truth
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -55,6 +55,8 @@ def check(
     student: Any = kd.Logits(z.double(), scale=scale, softcap=cap)
     of_loss, of_gradient = units_of(student, double, labels, rest)
     of_gradient = of_gradient * upstream.double().abs().unsqueeze(-1) * scale
+    if R == torch.float32:
+        of_gradient = of_gradient + roundings_of_truth(exact[1])
     eps = torch.finfo(R).eps
     assert_close("loss", loss, eager[0], exact[0], of_loss, eps)
     assert_close("gradient", gradient, eager[1], exact[1], of_gradient, eps)
