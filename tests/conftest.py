@@ -127,7 +127,7 @@ def device_of(item: Any) -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Several processes share the tests of one GPU, without pytest-xdist, which may not be there; and all
-    tests, which takes an hour."""
+    tests, which takes a fifth longer."""
     parser.addoption(
         "--shard", metavar="I/N", help="every Nth of the tests that run on the GPU, from the Ith"
     )
