@@ -100,18 +100,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     p.add_argument("--quick", action="store_true", help="the middle sizes and one pair of models: minutes")
     p.add_argument("--only", choices=("losses", "models"), help="one part")
-    p.add_argument(
-        "--seconds",
-        type=float,
-        default=SECONDS,
-        help="of a size in a pass, at least: %(default)s",
-    )
-    p.add_argument(
-        "--minutes",
-        type=float,
-        default=MINUTES,
-        help="no pass but the first two ends later: %(default)s",
-    )
+    seconds, minutes = "of a size in a pass, at least", "no pass but the first two ends later"
+    p.add_argument("--seconds", type=float, default=SECONDS, help=f"{seconds}: %(default)s")
+    p.add_argument("--minutes", type=float, default=MINUTES, help=f"{minutes}: %(default)s")
     p.add_argument("--out", type=Path, help="default: benchmarks/results, or runs/compare for less than all")
     p.add_argument("--agree", type=Path, metavar="FOLDER", help="another run's --out: 1 where a ratio is off")
     return p
@@ -119,8 +110,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, writes, compares, and returns the exit status."""
-    options = parser().parse_args(arguments)
+    p = parser()
+    options = p.parse_args(arguments)
     device = device_of(options.device)
+    # Now: where this run writes, the other is gone in the end.
+    other = earlier(options.agree, device) if options.agree else {}
+    other_held = earlier(options.agree, device, ("ceilings",)) if options.agree else {}
+    if options.agree and not other:
+        p.error(f"--agree must be the --out of another run on this kind of device, got {options.agree}")
     started = time.perf_counter()
     whole = not (options.quick or options.only or options.seconds != SECONDS or options.minutes != MINUTES)
     out = options.out or (RESULTS if whole else Path("runs/compare"))
@@ -155,11 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found |= dict(ratios(losses))
         held = dict(ceilings(losses))
     print(f"all of it took {time.perf_counter() - started:.0f} s")
-    if not options.agree:
-        return 0
-    return agreement(
-        found, earlier(options.agree, device), (held, earlier(options.agree, device, ("ceilings",)))
-    )
+    return agreement(found, other, (held, other_held)) if options.agree else 0
 
 
 def earlier(folder: Path, device: str, parts: Sequence[str] = ("losses", "models")) -> dict[str, float]:

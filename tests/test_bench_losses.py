@@ -515,6 +515,26 @@ def test_two_runs_agree_or_do_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a: 2 and 2.3, 15 % apart; the ceiling itself 50 %\n" in said and "100 % apart\n" in said
 
 
+def test_another_run_is_read_before_its_folder_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is none is refused before minutes go into a run."""
+    command = ["--only", "losses", "--device", "cpu", "--out", str(tmp_path), "--agree", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        compare.main(command)
+    assert "--agree must be the --out of another run" in capsys.readouterr().err
+    bench = tmp_path / "compare-cpu" / "bench.json"
+    bench.parent.mkdir()
+    bench.write_text(json.dumps(document([synthetic()])))
+    slower = document([synthetic()])
+    slower["points"][0]["entries"][0]["time"]["ratio"] *= 2
+    monkeypatch.setattr(compare.isolated, "start", lambda modules: None)
+    monkeypatch.setattr(compare.measure, "measure", lambda points, settings: slower)
+    monkeypatch.setattr(compare, "write", lambda made, folder: bench.write_text(json.dumps(made)))
+    assert compare.main(command) == 1
+    assert "100 % apart" in capsys.readouterr().out
+
+
 def test_ratios_are_of_everyone_but_ours() -> None:
     found = dict(compare.ratios(document(SWEPT)))
     assert len(found) == len(SWEPT)

@@ -74,7 +74,7 @@ def notes(document: dict[str, Any]) -> list[str]:
         f"{settings['threads']} threads, kdkernels {document['kdkernels']}, torch {env['torch']}{versions}.",
         "Forward + backward, the freeing of the gradient included, interleaved round by round in an order "
         f"shuffled anew, on input sets that rotate and exceed the cache; {allocator}. “× kd_loss” is the "
-        f"median over rounds of a contestant's time over kd_loss's in the same round"
+        "median over rounds of a contestant's time over kd_loss's in the same round"
         f"{several * (settings['passes'] > 1)}; spread the interquartile range over median.",
         "Every contestant was compared with fp64 first: errors of the loss, relative to itself, and of "
         "gradients, relative to the row's largest entry (logits) or to the norm (heads). Who is wrong isn't "
